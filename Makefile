@@ -1,0 +1,47 @@
+# Everything is one word. `make demo` and `make test` are all a new machine needs: Python 3.11 or newer and a package index.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check lint types format unit integration bench build clean
+
+demo: $(READY)
+	@exec $(BIN)/realtime-bridge dev $(ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+unit: $(READY)
+	$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
+
+integration: $(READY)
+	$(BIN)/python -m pytest tests/integration tests/faults $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m bench $(ARGS)
+
+build: $(READY)
+	$(BIN)/python -m build
+
+# One stamp stands for the whole environment: a change of the requirements makes it anew, anything else starts in seconds.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "realtime_bridge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || { echo "Making $(VENV) …"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing what the bridge, its demo and its tests need (about half a minute, once) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,test]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

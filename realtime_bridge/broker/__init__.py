@@ -1,0 +1,1 @@
+"""The ordered history, its notification and the lease."""

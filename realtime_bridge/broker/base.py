@@ -1,0 +1,143 @@
+"""What every broker is: one ordered, bounded history, a notification, and a lease.
+
+Entries are numbered 1, 2, 3 … without holes. Each names its predecessor's id, so that a reader who meets another
+predecessor than it has seen knows that the history was cut back and went on differently: a *fork*. A fork makes a new
+*epoch* whose parent is the old one: positions of the parent up to the fork stay valid, later ones rewind to it. A history
+that is gone makes an epoch without parent: no older position is valid.
+
+Layer: adapters (contract). May import: words.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+from realtime_bridge.change import Body, Entry, Position
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where the history ends.
+
+    Attributes:
+        number: the newest entry's number; 0 if there never was one.
+        id: its id; empty if there never was one.
+        first: the oldest number still held; `number + 1` if the history is empty.
+        proven_until: seconds since 1970: the source has proven that nothing committed before is missing here.
+    """
+
+    epoch: str
+    number: int
+    id: str
+    first: int
+    proven_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a follower learns, in order.
+
+    Attributes:
+        kind: `entries`: the next ones, possibly none (then only `proven_until` is new, or the broker has just proven
+            that it is alive). `fork`: everything after `number` never happened; what follows continues from there.
+            `lost`: the history is gone; what follows continues from `number` in a history that nobody has read.
+        epoch: the epoch from here on.
+        number: the newest number that the follower has seen after this update.
+    """
+
+    kind: Literal["entries", "fork", "lost"]
+    epoch: str
+    number: int
+    entries: tuple[Entry, ...] = ()
+    proven_until: float = 0.0
+
+
+class Broker(Protocol):
+    """Keeps the history, tells followers of news, and lets exactly one process lead.
+
+    Enter it before anything else and leave it last. Every method may raise `BrokerError` when the broker cannot be
+    reached or refuses; every method is safe to cancel, and what was cancelled either happened whole or not at all.
+    """
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    async def acquire_lease(self, *, ttl: float) -> str:
+        """Wait until this process may lead; return its fencing token, unlike any other ever given."""
+        ...
+
+    async def keep_lease(self, token: str, *, ttl: float) -> None:
+        """Extend the lease three times per `ttl` seconds, for ever.
+
+        Raises:
+            LeaseLostError: another process leads, or the lease could not be extended in time.
+        """
+        ...
+
+    async def release_lease(self, token: str) -> None:
+        """Give the lease up if it is still this token's. Never raises for a lease that is gone."""
+        ...
+
+    async def append(
+        self,
+        token: str,
+        bodies: Sequence[Body],
+        *,
+        watermark: str = "",
+        proven_until: float | None = None,
+    ) -> Head:
+        """Append bodies as the next entries, trim, and notify, in one atomic step.
+
+        With no bodies only `watermark` and `proven_until` are stored and told.
+
+        Args:
+            token: fencing token; checked in the same step.
+            bodies: at most 1000.
+            watermark: stored in the same step; empty leaves the stored one as it is.
+            proven_until: as in `Head`; never moves backwards.
+
+        Raises:
+            LeaseLostError: a later token exists; nothing was appended.
+            ForkError: the history is not the continuation of what this broker object appended or followed before;
+                nothing was appended, a new epoch stands, and the source should be opened again after `watermark()`.
+        """
+        ...
+
+    async def watermark(self) -> str | None:
+        """The watermark of the newest entry, or None if there never was one."""
+        ...
+
+    async def head(self) -> Head:
+        """Where the history ends now."""
+        ...
+
+    async def locate(self, position: Position) -> int:
+        """The number after which a reader at `position` goes on, in today's epoch.
+
+        Raises:
+            HistoryGoneError: the position is of an unknown epoch, beyond the end, or what follows it is trimmed.
+        """
+        ...
+
+    async def read(self, after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
+        """Read the entries that follow a number, oldest first; an empty list means the end was reached.
+
+        Never waits. Returns at least one entry if there is one, whatever its size.
+
+        Raises:
+            HistoryGoneError: what follows `after` is trimmed.
+        """
+        ...
+
+    def follow(self) -> AbstractAsyncContextManager[AsyncIterator[Update]]:
+        """Follow the history from its present end.
+
+        The first update comes at once, has no entries and says where the follower stands. From then on every entry
+        comes in order and without a hole, whatever notifications get lost; a hole is read from the history. If a
+        follower lags so far that the history is trimmed under it, it is told `lost` with the same epoch.
+        At least every 2 s there is an update, if the broker is alive. When the broker cannot be reached the iterator
+        raises `BrokerError`; follow again, and compare the first update with what was seen last.
+        """
+        ...

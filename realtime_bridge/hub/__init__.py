@@ -1,0 +1,1 @@
+"""History × audience × filters → sinks."""

@@ -1,0 +1,86 @@
+"""What every source of changes is.
+
+A source is read by one process at a time: the one that holds the lease. It yields batches; the reader appends each to
+the broker before it asks for the next, and acknowledges later, some seconds behind, so that what a failover of the
+broker lost can be read again.
+
+Layer: adapters (contract). May import: words.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from realtime_bridge.change import Body
+
+
+@dataclass(frozen=True, slots=True)
+class SourceBatch:
+    """What a source found since the last batch, in commit order.
+
+    Attributes:
+        bodies: changes and controls; may be empty when there is only proof or something to acknowledge. Everything
+            in it is visible to any snapshot taken on the primary from now on.
+        watermarks: one a body: handed back to `Source.open(after=…)`, it makes the source continue behind that body.
+            An empty text leaves the history's watermark as it is.
+        watermark: the same for the whole batch, with which it may have passed more than its bodies; the source never
+            acknowledges upstream what lies behind the newest watermark that it was told of.
+        acknowledge: opaque; once the batch is safely in the history, `SourceStream.acknowledge` may be called with it.
+        proven_until: seconds since 1970: every commit before that time is in this batch or in an earlier one.
+    """
+
+    bodies: tuple[Body, ...] = ()
+    watermarks: tuple[str, ...] = ()
+    watermark: str = ""
+    acknowledge: int | None = None
+    proven_until: float | None = None
+
+
+class SourceStream(Protocol):
+    """An open source: an asynchronous iterator that never ends by itself.
+
+    It yields at least once a second, an empty batch if need be, so that its reader can look after acknowledgements.
+    Cancelling the iteration is safe: whatever was not yielded will come again after the next `open`.
+
+    Raises (while iterating):
+        SourceError: the source cannot be read any more; open it again, with backoff.
+    """
+
+    def __aiter__(self) -> AsyncIterator[SourceBatch]: ...
+
+    def acknowledge(self, acknowledge: int) -> None:
+        """Let the source forget everything up to here. Does not wait; sent with the next traffic."""
+        ...
+
+
+class Source(Protocol):
+    """Where changes come from."""
+
+    name: str
+
+    def open(self, after: str | None, *, owner: str) -> AbstractAsyncContextManager[SourceStream]:
+        """Begin to read.
+
+        Where the source cannot prove that it continues right behind `after` (another incarnation, a lost slot, an
+        upstream without memory) its first batch begins with a `Control("resync", "*", "upstream_gap")`.
+
+        Args:
+            after: the watermark of the newest entry in the history; None if there is none (then no gap is declared:
+                nobody has a copy yet).
+            owner: `namespace/fencing token`, by which a successor knows and ends a reader that has lost its lease.
+
+        Raises:
+            SourceError: it cannot be read now.
+            ConfigurationError: it can never be read like this; the message says what to change.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Prove that the source can be used at all, without beginning to read.
+
+        Raises:
+            SourceError: it cannot be read now.
+            ConfigurationError: it can never be read like this.
+        """
+        ...
