@@ -33,9 +33,9 @@ class Absent(Enum):
 
 
 ABSENT: Final = Absent.ABSENT
-"""A value that the source did not bring: an unchanged large value, or a column outside the replica identity. Never NULL."""
+"""A value the source did not bring: an unchanged large value, or one outside the replica identity. Never NULL."""
 
-Value: TypeAlias = str | None | Literal[Absent.ABSENT]
+Value: TypeAlias = str | Literal[Absent.ABSENT] | None
 Image: TypeAlias = tuple[Value, ...]
 """A row as column texts (as Postgres' output functions write them), one a column of its relation."""
 

@@ -2,8 +2,8 @@
 
 Entries are numbered 1, 2, 3 … without holes. Each names its predecessor's id, so that a reader who meets another
 predecessor than it has seen knows that the history was cut back and went on differently: a *fork*. A fork makes a new
-*epoch* whose parent is the old one: positions of the parent up to the fork stay valid, later ones rewind to it. A history
-that is gone makes an epoch without parent: no older position is valid.
+*epoch* whose parent is the old one: positions of the parent up to the fork stay valid, later ones rewind to it. A
+history that is gone makes an epoch without parent: no older position is valid.
 
 Layer: adapters (contract). May import: words.
 """

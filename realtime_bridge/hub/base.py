@@ -1,7 +1,8 @@
 """The sink: what the hub writes to, whatever the transport.
 
-A sink hides sockets from the hub and the hub from sockets. There are two kinds: the transport itself, once the ASGI call
-has ended (`transports.uvicorn_protocol`), and plain ASGI sends (`transports.asgi`). A long poll is a sink that collects.
+A sink hides sockets from the hub and the hub from sockets. There are two kinds: the transport itself, once the ASGI
+call has ended (`transports.uvicorn_protocol`), and plain ASGI sends (`transports.asgi`). A long poll is a sink that
+collects.
 
 Layer: core (contract). May import: words.
 """
@@ -40,8 +41,9 @@ class Sink(Protocol):
         ...
 
     def close(self, code: int, reason: str = "") -> None:
-        """Close in an orderly way, once what was written is sent; `abort` by itself if the peer does not join in
-        within 10 s. Idempotent. `Receiver.lost` follows.
+        """Close in an orderly way, once what was written is sent.
+
+        Aborts by itself if the peer does not join in within 10 s. Idempotent. `Receiver.lost` follows.
         """
         ...
 
@@ -51,8 +53,9 @@ class Sink(Protocol):
 
 
 class Receiver(Protocol):
-    """What a sink tells: implemented by the hub's connection. Called on the event loop, never reentrantly from a
-    method of the sink.
+    """What a sink tells: implemented by the hub's connection.
+
+    Called on the event loop, never reentrantly from a method of the sink.
     """
 
     def received(self, text: str) -> None:

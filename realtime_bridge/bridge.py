@@ -1,0 +1,321 @@
+"""The whole: settings in, a lifespan and a router out.
+
+    bridge = Bridge(Settings.load())
+    app = FastAPI(lifespan=bridge.lifespan)
+    app.include_router(bridge.router)
+
+Layer: whole. May import: everything.
+"""
+
+import asyncio
+import logging
+import resource
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from fastapi import APIRouter
+
+from realtime_bridge.auth import Verifier
+from realtime_bridge.broker.base import Broker
+from realtime_bridge.broker.memory import MemoryBroker
+from realtime_bridge.broker.redis import RedisBroker
+from realtime_bridge.database import Database
+from realtime_bridge.errors import BridgeError, UnavailableError
+from realtime_bridge.hub.hub import Hub
+from realtime_bridge.ingest import Ingest
+from realtime_bridge.metrics import Metrics, Reading
+from realtime_bridge.policy.catalog import Catalog
+from realtime_bridge.policy.engine import PolicyEngine
+from realtime_bridge.routes import make_router
+from realtime_bridge.settings import Settings
+from realtime_bridge.sources.base import Source
+from realtime_bridge.sources.postgres import PostgresSource
+from realtime_bridge.sources.supabase import SupabaseSource
+from realtime_bridge.transports.events import EventsEndpoint
+from realtime_bridge.transports.requests import origin_allowed
+from realtime_bridge.transports.websocket import WebSocketEndpoint
+
+logger = logging.getLogger(__name__)
+
+DEAF_AFTER_SECONDS: Final = 10.0
+"""Without a proof for so long, what stands between the database and here counts as broken."""
+_SPARE_FILES: Final = 256
+_BEGIN_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `/readyz`."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Running:
+    """The parts of a bridge between start and stop."""
+
+    broker: Broker
+    hub: Hub
+    ingest: Ingest
+    policy: PolicyEngine
+    database: Database | None
+    websocket: WebSocketEndpoint
+    events: EventsEndpoint
+    draining: asyncio.Event
+
+
+class Bridge:
+    """One bridge in one process. Enter `lifespan` once; every route answers 503 outside it."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.require()
+        self.settings = settings
+        self.verifier = make_verifier(settings)
+        self.metrics = Metrics(self._readings)
+        self._running: Running | None = None
+
+    @cached_property
+    def router(self) -> APIRouter:
+        """Every route of the contract."""
+        return make_router(self)
+
+    @property
+    def running(self) -> Running:
+        """The parts.
+
+        Raises:
+            UnavailableError: outside the lifespan.
+        """
+        if self._running is None:
+            raise UnavailableError("the bridge is not running: is its lifespan entered?")
+        return self._running
+
+    @asynccontextmanager
+    async def lifespan(self, _app: object = None) -> AsyncIterator[dict[str, Any]]:
+        """Run the bridge. Yields the ASGI lifespan state, by which the server finds the bridge to drain it.
+
+        Raises:
+            ConfigurationError: it can never work like this.
+            UnavailableError: Postgres or Redis cannot be reached now.
+        """
+        settings = self.settings
+        async with AsyncExitStack() as stack:
+            database = (
+                await stack.enter_async_context(Database(_secret(settings.database_url)))
+                if (settings.database_url is not None)
+                else None
+            )
+            policy = make_policy(settings, database)
+            await policy.load()
+            source = make_source(settings, database)
+            broker = await stack.enter_async_context(make_broker(settings))
+            tasks = await stack.enter_async_context(_BackgroundTasks())
+            self._running = running = self._assemble(broker, policy, source, database, tasks)
+            stack.callback(self._stop)
+            tasks.forever("hub", running.hub.run)
+            tasks.forever("ingest", running.ingest.run)
+            async with asyncio.timeout(_BEGIN_SECONDS):
+                await running.hub.begun()
+            yield {"realtime_bridge": self}
+            self.drain()
+
+    def _assemble(
+        self, broker: Broker, policy: PolicyEngine, source: Source, database: Database | None, tasks: "_BackgroundTasks"
+    ) -> Running:
+        settings = self.settings
+        hub = Hub(
+            broker,
+            policy,
+            tables=settings.tables,
+            max_connections=_affordable(settings.max_connections),
+            max_connections_per_user=settings.max_connections_per_user,
+            send_buffer_bytes=settings.send_buffer_bytes,
+            ping_seconds=settings.ping_seconds,
+            resync_seconds=settings.resync_seconds,
+        )
+        ingest = Ingest(source, broker, namespace=settings.namespace, ttl=settings.takeover_seconds * 0.6)
+        draining = asyncio.Event()
+
+        def allowed(origin: str | None, host: str | None) -> bool:
+            return origin_allowed(origin, host, settings.allowed_origins)
+
+        websocket = WebSocketEndpoint(
+            hub, self.verifier, allowed, tasks.spawn, settings.token_in_query, settings.send_buffer_bytes
+        )
+        events = EventsEndpoint(hub, self.verifier, allowed, draining, settings.token_in_query)
+        return Running(broker, hub, ingest, policy, database, websocket, events, draining)
+
+    def drain(self) -> None:
+        """Take no new connections, and answer every poll that waits. Idempotent."""
+        if self._running is not None and not self._running.draining.is_set():
+            self._running.hub.draining = True
+            self._running.draining.set()
+
+    def _stop(self) -> None:
+        self._running = None
+
+    # -- what it says of itself ----------------------------------------------------------------------------------------
+
+    async def checks(self) -> dict[str, Check]:
+        """Whether this process can do its job, part by part."""
+        running = self.running
+        checks = {
+            "accepting": Check(not running.draining.is_set(), "being stopped" if running.draining.is_set() else ""),
+            "broker": await self._check_broker(running),
+            "following": Check(running.hub.following, "" if running.hub.following else "the broker is not heard"),
+            "upstream": self._check_upstream(running),
+        }
+        if running.database is not None:
+            checks["database"] = await _check(running.database.check())
+        return checks
+
+    async def _check_broker(self, running: Running) -> Check:
+        return await _check(running.broker.head())
+
+    def _check_upstream(self, running: Running) -> Check:
+        """A live leader proves once a second, through the broker, that it misses nothing."""
+        until = running.hub.complete_until
+        age = time.time() - until if until else None
+        if age is not None and age <= DEAF_AFTER_SECONDS:
+            return Check(True)
+        reason = "nothing proven yet" if age is None else f"nothing proven for {age:.0f} s"
+        if running.ingest.state.problem:
+            reason += f"; {running.ingest.state.problem}"
+        return Check(False, reason)
+
+    def _readings(self) -> Iterator[Reading]:
+        if self._running is None:
+            return
+        hub, ingest, policy = self._running.hub, self._running.ingest, self._running.policy
+        counters = hub.counters
+        until = hub.complete_until
+        yield "gauge", "connections", "Open connections.", len(hub.connections)
+        yield "gauge", "subscriptions_behind", "Subscriptions that are not at the end of the history.", hub.behind()
+        yield "gauge", "following", "1 while the broker is followed.", hub.following
+        yield "gauge", "leading", "1 while this process reads the source.", ingest.state.leading
+        yield "gauge", "complete_until_seconds", "Nothing committed before this time is missing.", until or 0.0
+        yield "counter", "appended", "Entries appended by this process.", ingest.state.appended
+        yield "counter", "entries", "Entries fanned out.", counters.entries
+        yield "counter", "delivered", "Messages handed to sinks.", counters.delivered
+        yield "counter", "resyncs", "Resync messages sent.", counters.resyncs
+        yield "counter", "fell_behind", "Subscriptions whose sink was full.", counters.fell_behind
+        yield "counter", "undecided", "Changes not delivered since they could not be decided.", counters.undecided
+        yield "counter", "policy_undecided", "Decisions that the policy could not make.", policy.undecided
+        yield "counter", "slices_from_broker", "Slices read from the broker.", counters.caught_up_from_broker
+        yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
+
+
+class _BackgroundTasks:
+    """The bridge's own task group: what runs for ever, and short work that connections ask for."""
+
+    async def __aenter__(self) -> "_BackgroundTasks":
+        self._group = asyncio.TaskGroup()
+        await self._group.__aenter__()
+        self._lasting: list[asyncio.Task[None]] = []
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        for task in self._lasting:
+            task.cancel()
+        await self._group.__aexit__(*exc_info)
+
+    def forever(self, name: str, run: Any) -> None:
+        """Run a coroutine function for ever; a fault of ours is logged, and it begins again."""
+
+        async def again() -> None:
+            while True:
+                try:
+                    await run()
+                except Exception:
+                    logger.exception("a part failed and begins again", extra={"part": name})
+                await asyncio.sleep(1)
+
+        self._lasting.append(self._group.create_task(again(), name=name))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run short work; a fault in it is logged, and ends nothing else."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception:
+                logger.exception("answering a client failed")
+
+        self._group.create_task(guarded())
+
+
+async def _check(probe: Coroutine[Any, Any, object]) -> Check:
+    try:
+        async with asyncio.timeout(2):
+            await probe
+    except BridgeError as error:
+        return Check(False, error.detail)
+    except TimeoutError:
+        return Check(False, "no answer within 2 s")
+    return Check(True)
+
+
+def make_verifier(settings: Settings) -> Verifier:
+    """How tokens are verified with these settings."""
+    key = _optional(settings.supabase_key)
+    return Verifier(
+        secret=_optional(settings.supabase_jwt_secret),
+        audience=settings.audience,
+        issuer=settings.issuer,
+        roles=settings.roles,
+        configured_keys=() if key is None else (key,),
+    )
+
+
+def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
+    """Who decides what is seen with these settings."""
+    catalog = None if database is None else Catalog(database.transaction)
+    return PolicyEngine(settings.tables, settings.roles, settings.policies, catalog)
+
+
+def make_broker(settings: Settings) -> RedisBroker | MemoryBroker:
+    """Where the history is kept with these settings."""
+    bounds = {
+        "history_size": settings.history_size,
+        "history_bytes": settings.history_bytes,
+        "history_seconds": settings.history_seconds,
+    }
+    if settings.redis_url is None:
+        return MemoryBroker(**bounds)
+    return RedisBroker(settings.redis_url.get_secret_value(), namespace=settings.namespace, **bounds)
+
+
+def make_source(settings: Settings, database: Database | None) -> Source:
+    """Where changes come from with these settings."""
+    if settings.source_kind == "postgres":
+        return PostgresSource(
+            _secret(settings.database_url),
+            slot=settings.slot,
+            publication=settings.publication,
+            tables=settings.tables,
+            transaction_rows=settings.transaction_rows,
+        )
+    assert settings.supabase_url is not None, "settings.require has looked"
+    return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables)
+
+
+def _secret(value: Any) -> str:
+    assert value is not None, "settings.require has looked"
+    return str(value.get_secret_value())
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else str(value.get_secret_value())
+
+
+def _affordable(wanted: int) -> int:
+    """Connections that the limit of open files allows."""
+    most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES)
+    if wanted > most:
+        logger.warning("fewer connections than wanted: open files are limited", extra={"connections": most})
+    return min(wanted, most)

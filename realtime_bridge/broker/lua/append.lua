@@ -1,0 +1,80 @@
+-- Append bodies as the next entries, trim, and notify. Answers a head with the status 'ok', or with the reason why
+-- nothing was appended: 'lease', 'epoch', 'fork', or 'relations' (one is missing: send them all).
+-- ARGV: new epoch, token, seen epoch, seen number, seen id, nonce, watermark, proven until,
+--       most entries, bytes, milliseconds kept, most bytes to notify with,
+--       count of versions used, count of relations, count of bodies, versions…, (version, relation)…, bodies…
+local MOST_TRIMMED = 20000
+local state = load_state()
+local token, nonce, watermark, proven = ARGV[2], ARGV[6], ARGV[7], ARGV[8]
+local most, most_bytes, most_time, most_notified = unpack(ARGV, 9, 12)
+local versions, relations, count = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
+local first_relation = 16 + versions
+local first_body = first_relation + 2 * relations
+
+if state.nonce == nonce then return head('ok', state) end -- the same call again: it had happened
+local status = verify(state, ARGV[3], tonumber(ARGV[4]), ARGV[5])
+if state.token ~= token and (state.token ~= '' or status ~= 'epoch') then status = 'lease' end
+if status ~= 'ok' then return head(status, state) end
+
+local brought = {}
+for i = first_relation, first_body - 1, 2 do brought[ARGV[i]] = true end
+for i = 16, first_relation - 1 do
+  if not brought[ARGV[i]] and redis.call('HEXISTS', RELATIONS, ARGV[i]) == 0 then return head('relations', state) end
+end
+
+-- Store. The first write is one that Redis refuses when it is out of memory.
+for i = first_relation, first_body - 1, 2 do redis.call('HSET', RELATIONS, ARGV[i], ARGV[i + 1]) end
+local clock = redis.call('TIME')
+state.time = math.max(state.time, clock[1] * 1000 + math.floor(clock[2] / 1000))
+local start, previous, before, lengths = state.number + 1, state.id, state.bytes, {}
+for i = 1, count do
+  local body, id = ARGV[first_body + i - 1], nonce .. '.' .. (i - 1)
+  state.number = state.number + 1
+  redis.call('XADD', HISTORY, text(state.number) .. '-0', 'i', id, 'p', state.id, 't', text(state.time),
+    'c', text(state.bytes), 'b', body)
+  state.id, state.bytes, lengths[i] = id, state.bytes + #body, #body
+end
+if count > 0 then
+  for i = 16, first_relation - 1 do redis.call('ZADD', USED, text(state.number), ARGV[i]) end
+end
+
+-- Trim: the oldest entries by count, and those that stand before too many bytes or are too old. Bytes and times only
+-- rise, so the first to keep is found by doubling steps, then by halving. What was just appended always stays.
+local function must_go(number)
+  local fields = fields_of(number)
+  return state.bytes - fields[8] > tonumber(most_bytes) or fields[6] < state.time - most_time
+end
+local first = first_number(state)
+local newest = math.min(start - 1, first + MOST_TRIMMED)
+local keep = math.max(first, math.min(state.number - most + 1, newest + 1))
+if keep <= newest and must_go(keep) then
+  local step = 1
+  while keep + step <= newest and must_go(keep + step) do
+    keep, step = keep + step, step * 2
+  end
+  local high = math.min(keep + step, newest + 1) -- stays; `keep` goes
+  while high - keep > 1 do
+    local middle = math.floor((keep + high) / 2)
+    if must_go(middle) then keep = middle else high = middle end
+  end
+  keep = high
+end
+if keep > first then
+  redis.call('XTRIM', HISTORY, 'MAXLEN', text(state.number - keep + 1))
+  local unused = redis.call('ZRANGEBYSCORE', USED, '-inf', '(' .. text(keep), 'LIMIT', 0, 100)
+  if #unused > 0 then
+    redis.call('HDEL', RELATIONS, unpack(unused))
+    redis.call('ZREM', USED, unpack(unused))
+  end
+end
+
+if watermark ~= '' then state.watermark = watermark end
+if proven ~= '' and tonumber(proven) > tonumber(state.proven) then state.proven = proven end
+redis.call('HSET', STATE, 'number', text(state.number), 'id', state.id, 'bytes', text(state.bytes),
+  'time', text(state.time), 'nonce', nonce, 'watermark', state.watermark, 'proven', state.proven)
+if state.bytes - before <= tonumber(most_notified) then
+  notify(state, start, count, previous, nonce, lengths, table.concat(ARGV, '', first_body, first_body + count - 1))
+else
+  notify(state, start, count, previous, nonce, {}, '')
+end
+return head('ok', state)

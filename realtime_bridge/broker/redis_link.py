@@ -1,0 +1,269 @@
+"""Commands to Redis: one script per operation, a deadline on everything, and errors that a person understands.
+
+A command that ran into its deadline, or was cancelled, costs its connection: redis-py 8.1 closes it whenever sending
+or reading ends in any exception, so that the next caller cannot read a wrong answer (`Connection.send_packed_command`,
+`read_response`). Nothing is retried: what an append that was cut off has done is known only to Redis.
+
+Layer: adapters. May import: errors, broker.redis_url.
+Sources: EVALSHA, ACL and error codes (Redis command reference); redis-py 8.1, redis.exceptions.
+"""
+
+import asyncio
+import hashlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cache
+from importlib import resources
+from typing import Any, Final, TypeAlias
+
+from redis import exceptions
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.client import PubSub
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+
+from realtime_bridge.broker.redis_url import RedisUrl
+from realtime_bridge.errors import BrokerError
+
+COMMAND_SECONDS: Final = 2.0
+_BYTES_PER_SECOND: Final = 1 << 20
+"""A slower link than this to Redis is no link: commands get so much more time for what they carry."""
+_CLOSE_SECONDS: Final = 1.0
+
+Argument: TypeAlias = str | bytes | int | float
+Client: TypeAlias = "Redis | RedisCluster"
+
+_BY_CLASS: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (exceptions.AuthenticationError, "refuses the user name or password"),
+    (exceptions.AuthorizationError, "refuses the user"),
+    (exceptions.BusyLoadingError, "is still loading its data"),
+    (exceptions.NoPermissionError, "does not allow its user what the bridge needs (see ACL SETUSER)"),
+    (exceptions.OutOfMemoryError, "is out of memory: raise maxmemory or lower BRIDGE_HISTORY_BYTES"),
+    (exceptions.ReadOnlyError, "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://"),
+    (exceptions.MaxConnectionsError, "has too many connections from this process"),
+    (exceptions.TimeoutError, "does not answer"),
+    (TimeoutError, "does not answer"),
+)
+_BY_CODE: Final = {
+    "OOM": "is out of memory: raise maxmemory or lower BRIDGE_HISTORY_BYTES",
+    "MISCONF": "cannot write its data to disk and so refuses to change it",
+    "READONLY": "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://",
+    "NOAUTH": "asks for a password",
+    "WRONGPASS": "refuses the user name or password",
+    "NOPERM": "does not allow its user what the bridge needs (see ACL SETUSER)",
+    "ACL": "does not allow its user what the bridge needs (see ACL SETUSER)",
+    "LOADING": "is still loading its data",
+    "BUSY": "is busy with a script that does not end",
+    "NOREPLICAS": "has too few replicas to accept writes",
+    "MASTERDOWN": "is a replica that has lost its primary",
+    "CLUSTERDOWN": "is a cluster that is down",
+    "WRONGTYPE": "holds something else under the names that the bridge uses: choose another BRIDGE_NAMESPACE",
+    "MOVED": "is a cluster: use redis+cluster://",
+    "CROSSSLOT": "is a cluster: use redis+cluster://",
+}
+_CODE: Final = re.compile(rf"\b({'|'.join(_BY_CODE)})\b")
+
+
+def explain(error: BaseException) -> str:
+    """What is the matter, as the end of a sentence that begins with Redis' address. Holds nothing of the message, which
+    may quote what was sent."""
+    for kind, sentence in _BY_CLASS:
+        if isinstance(error, kind):
+            return sentence
+    if isinstance(error, exceptions.ConnectionError | exceptions.RedisClusterException | OSError):
+        return "cannot be reached"
+    found = _CODE.search(str(error))
+    return _BY_CODE[found[1]] if found else f"refuses to work ({type(error).__name__})"
+
+
+@cache
+def _script(name: str) -> tuple[str, str]:
+    """A script's text and its SHA-1, by which Redis knows it."""
+    folder = resources.files("realtime_bridge.broker") / "lua"
+    text = (folder / "common.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _options(url: RedisUrl) -> dict[str, Any]:
+    # RESP2: on its connections nothing arrives that was not asked for.
+    options: dict[str, Any] = {
+        "username": url.username,
+        "password": url.password,
+        "protocol": 2,
+        "driver_info": None,
+        "socket_timeout": 15 * COMMAND_SECONDS,  # the deadline of each command comes first
+        "socket_connect_timeout": COMMAND_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if url.tls:
+        options |= {"ssl": True, **url.tls_options}
+    return options
+
+
+class Link:
+    """The way to one Redis, for one namespace.
+
+    Attributes:
+        prefix: what all keys of the namespace begin with: a hash tag, so that they share one slot of a cluster.
+        name: of the history's key, and also of the channel of its notifications.
+        relations: the key of the relations by version.
+        released: the key of a list on which a released lease is announced.
+    """
+
+    def __init__(self, url: RedisUrl, namespace: str) -> None:
+        self.prefix = f"{{{namespace}}}:"
+        self.name = f"{self.prefix}history"
+        self.relations = f"{self.prefix}relations"
+        self.released = f"{self.prefix}released"
+        names = ("state", "history", "relations", "relations-used", "epochs", "lease", "released")
+        self._keys = tuple(self.prefix + name for name in names)
+        self._url = url
+        self._sentinel: Sentinel | None = None
+        self._client: Client | None = None
+
+    async def open(self) -> None:
+        """Connect; fails at the start, not at the first change.
+
+        Raises:
+            BrokerError: Redis cannot be reached or refuses.
+        """
+        self._client = self._make_client()
+        try:
+            await self.command("PING")
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent; commands still under way end in an error."""
+        client, self._client = self._client, None
+        sentinel, self._sentinel = self._sentinel, None
+        for closable in (client, sentinel):
+            if closable is not None:
+                with suppress(exceptions.RedisError, OSError, TimeoutError):
+                    async with asyncio.timeout(_CLOSE_SECONDS):
+                        await closable.aclose()
+
+    async def script(self, name: str, *arguments: Argument, carries: int = 0) -> Any:
+        """Run one operation of `lua/`. Atomic: it has happened whole or not at all.
+
+        Args:
+            carries: bytes of the arguments, or of the answer; a big one is given more time.
+
+        Raises:
+            BrokerError: it is not known whether it has happened.
+        """
+        text, digest = _script(name)
+        rest = (len(self._keys), *self._keys, secrets.token_hex(4), *arguments)
+        with self.explained():
+            async with asyncio.timeout(COMMAND_SECONDS + carries / _BYTES_PER_SECOND):
+                try:
+                    return await self._opened.execute_command("EVALSHA", digest, *rest)
+                except exceptions.NoScriptError:
+                    return await self._opened.execute_command("EVAL", text, *rest)
+
+    async def command(self, *arguments: Argument, seconds: float = COMMAND_SECONDS) -> Any:
+        """Run a plain command on one key, or on none.
+
+        Raises:
+            BrokerError: it is not known whether it has happened.
+        """
+        with self.explained():
+            async with asyncio.timeout(seconds):
+                return await self._opened.execute_command(*arguments)
+
+    async def keys(self) -> AsyncIterator[bytes]:
+        """All keys of the namespace, some perhaps twice."""
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self.prefix) + "*"
+        with self.explained():
+            async for key in self._opened.scan_iter(match=pattern, count=1000):
+                yield key
+
+    @asynccontextmanager
+    async def subscribed(self) -> AsyncIterator["Subscription"]:
+        """Receive what is published to the history's channel, on a connection of its own.
+
+        Raises:
+            BrokerError: Redis cannot be reached or refuses.
+        """
+        pubsub = self._opened.pubsub()
+        try:
+            with self.explained():
+                async with asyncio.timeout(COMMAND_SECONDS):
+                    await pubsub.subscribe(self.name)
+                    while not await pubsub.get_message(timeout=COMMAND_SECONDS):
+                        pass
+            yield Subscription(pubsub, self)
+        finally:
+            with suppress(exceptions.RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    @property
+    def _opened(self) -> Client:
+        if self._client is None:
+            raise BrokerError(f"Redis at {self._url}: the broker is closed")
+        return self._client
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what redis-py raises into `BrokerError`."""
+        try:
+            yield
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            raise BrokerError(f"Redis at {self._url} {explain(error)}") from error
+
+    def _make_client(self) -> Client:
+        url, options = self._url, _options(self._url)
+        if url.kind == "cluster":
+            nodes = [ClusterNode(host, port) for host, port in url.hosts]
+            return RedisCluster(startup_nodes=nodes, **options)
+        options["db"] = url.database
+        if url.kind == "sentinel":
+            own = {"username": url.sentinel_username, "password": url.sentinel_password, "db": 0}
+            self._sentinel = Sentinel(list(url.hosts), sentinel_kwargs=options | own, **options)
+            return self._sentinel.master_for(url.service)
+        if url.kind == "unix":
+            return Redis(unix_socket_path=url.path, **options)
+        host, port = url.hosts[0]
+        return Redis(host=host, port=port, **options)
+
+
+class Subscription:
+    """A subscribed connection.
+
+    redis-py subscribes again by itself when the connection breaks, without a word, and cannot tell a frozen one from a
+    quiet one; so whoever hears nothing asks with `ping`, and numbers tell what went missing.
+    """
+
+    def __init__(self, pubsub: PubSub, link: Link) -> None:
+        self._pubsub = pubsub
+        self._link = link
+
+    async def next(self, timeout: float) -> bytes | None:
+        """The next notification; empty for any other sign of life, None for silence over `timeout` seconds.
+
+        Raises:
+            BrokerError: the connection broke.
+        """
+        with self._link.explained():
+            message = await self._pubsub.get_message(timeout=timeout)
+        if message is None:
+            return None
+        data = message["data"] if message["type"] == "message" else b""
+        assert isinstance(data, bytes)
+        return data
+
+    async def ping(self) -> None:
+        """Ask for a sign of life.
+
+        Raises:
+            BrokerError: the connection broke.
+        """
+        with self._link.explained():
+            async with asyncio.timeout(COMMAND_SECONDS):
+                await self._pubsub.ping()

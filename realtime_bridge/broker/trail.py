@@ -1,0 +1,103 @@
+"""What one process remembers of the history, by which it recognises a fork.
+
+A broker that fails over may come back without its newest entries, and may since have got others in their place.
+Comparing numbers does not show that; comparing the ids of the newest entries does.
+
+Layer: adapters (pure). May import: nothing of the package.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+IDS_KEPT: Final = 4096
+"""A failover that loses more entries than this is told as a lost history."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """The epochs of a history, newest first, each with the number at which it left the next one.
+
+    Attributes:
+        epochs: pairs of epoch and fork number; None for the oldest known, of whose parent nothing is known.
+    """
+
+    epochs: tuple[tuple[str, int | None], ...]
+
+    def common(self, epoch: str) -> int | None:
+        """The last number that today's epoch and an older one have in common; None if nothing is known of it.
+
+        For today's epoch itself there is no such number: asking for it is misuse.
+        """
+        assert self.epochs[0][0] != epoch
+        lowest: int | None = None
+        for (_, fork), (parent, _) in pairwise(self.epochs):
+            if fork is None:
+                return None
+            lowest = fork if lowest is None else min(lowest, fork)
+            if parent == epoch:
+                return lowest
+        return None
+
+
+class Trail:
+    """The newest ids that this process appended or followed, and the epoch it believes in.
+
+    Attributes:
+        epoch: empty while nothing has been seen.
+        number: the newest number seen.
+        id: its id; empty for number 0.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = ""
+        self.number = 0
+        self._ids: deque[str] = deque(maxlen=IDS_KEPT)
+
+    @property
+    def id(self) -> str:
+        return self._ids[-1] if self._ids else ""
+
+    @property
+    def mark(self) -> tuple[str, int, str]:
+        """Epoch, number and id, to be compared with the broker's."""
+        return self.epoch, self.number, self.id
+
+    @property
+    def first(self) -> int:
+        """The oldest number whose id is remembered."""
+        return self.number - len(self._ids) + 1
+
+    def id_of(self, number: int) -> str | None:
+        """The id of an entry; None if it is not remembered. Number 0, before the first entry, has the empty id."""
+        if number == 0:
+            return ""
+        return self._ids[number - self.first] if self.first <= number <= self.number else None
+
+    def restart(self, epoch: str, number: int, newest_id: str) -> None:
+        """Forget everything: the history is another one."""
+        self.epoch = epoch
+        self.number = number
+        self._ids.clear()
+        if number:
+            self._ids.append(newest_id)
+
+    def extend(self, start: int, previous: str, ids: Sequence[str]) -> None:
+        """Remember entries of the believed epoch; what is known already changes nothing."""
+        if start > self.number + 1:
+            self.restart(self.epoch, start - 1, previous)
+        new = ids[self.number + 1 - start :]
+        self._ids.extend(new)
+        self.number += len(new)
+
+    def rewind(self, epoch: str, number: int) -> bool:
+        """Go on in a new epoch, which has everything up to a number; return whether anything seen was lost."""
+        self.epoch = epoch
+        lost = self.number > number
+        while self.number > number:
+            self.number -= 1
+            if self._ids:
+                self._ids.pop()
+        return lost

@@ -1,0 +1,210 @@
+"""Reading on: from a position to the end, for one subscription, a bounded slice at a time.
+
+First connect, reconnect, long poll, a sink that had no room, a resync that had to wait: all are this. Entries come from
+the window, or from the broker when they are older; what is read is authorised now; whoever has examined everything is
+at the end, and the fan-out takes over.
+
+Layer: core. May import: words, broker.base, policy.base, wire, hub.*.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from realtime_bridge.broker.base import Broker
+from realtime_bridge.change import Change, ResyncReason
+from realtime_bridge.errors import BrokerError, HistoryGoneError
+from realtime_bridge.hub.fan_out import touches
+from realtime_bridge.hub.standing import Standing
+from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown
+from realtime_bridge.hub.window import Prepared, wrap
+from realtime_bridge.policy.base import Verdict
+from realtime_bridge.wire import native
+
+logger = logging.getLogger(__name__)
+
+SLICE: Final = 256
+"""Entries examined at once for one reader."""
+READERS: Final = 4
+"""Slices read at the same time: what old positions may cost the broker."""
+_RETRY_SECONDS: Final = 0.5
+_SPREAD_MS_PER_CONNECTION: Final = 2
+_SPREAD_MS_MOST: Final = 10_000
+
+
+class CatchUp:
+    """Advances subscriptions that are behind.
+
+    Args:
+        slice_bytes: messages written to one sink before others get a turn.
+        resync_seconds: at most one resync per subscription and table in this time.
+    """
+
+    def __init__(self, standing: Standing, broker: Broker, *, slice_bytes: int, resync_seconds: float) -> None:
+        self._standing = standing
+        self._broker = broker
+        self._slice_bytes = slice_bytes
+        self._resync_seconds = resync_seconds
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Queue[Subscription] = asyncio.Queue()  # each subscription at most once: by its state
+        self._ahead: set[Subscription] = set()
+
+    def resume(self, subscription: Subscription) -> None:
+        """Have a subscription read on: soon, or, if it is advanced by hand, by whoever does that."""
+        subscription.state = State.BEHIND
+        if subscription.by_hand is not None:
+            subscription.by_hand()
+        else:
+            self._waiting.put_nowait(subscription)
+
+    def moved(self) -> None:
+        """The hub's number has changed: those who were ahead of it may go on."""
+        ahead, self._ahead = self._ahead, set()
+        for subscription in ahead:
+            if subscription.state is State.AHEAD:
+                self.resume(subscription)
+
+    async def work(self) -> None:
+        """Advance whoever is behind, for ever. Run `READERS` of these."""
+        while True:
+            subscription = await self._waiting.get()
+            if subscription.state is not State.BEHIND:
+                continue
+            try:
+                await self.advance(subscription)
+            except Exception:  # a fault of ours costs this connection, and no other
+                logger.exception("reading on failed", extra={"connection": subscription.connection.id})
+                subscription.state = State.ENDED
+                subscription.connection.sink.close(1011, "internal error")
+            if subscription.state is State.BEHIND:
+                self._waiting.put_nowait(subscription)
+
+    async def advance(self, subscription: Subscription, *, most: int = SLICE) -> int:
+        """Read one slice and write what the reader may see of it, at most `most` messages.
+
+        Returns how many messages were written. Afterwards the state says what to wait for; BEHIND means that there
+        is more to do at once. Raises nothing: a broker that does not answer is tried again by the next call.
+        """
+        generation, member = self._standing.generation, subscription.connection.member
+        try:
+            items = await self._read(subscription)
+        except BrokerError:
+            await asyncio.sleep(_RETRY_SECONDS)
+            return 0
+        verdicts = await self._standing.policy.verdicts([item.entry for item in items], member)
+        async with self._standing.turn:
+            stale = generation != self._standing.generation or member is not subscription.connection.member
+            if stale or subscription.state is not State.BEHIND:
+                return 0
+            return self._write(subscription, items, verdicts, most)
+
+    async def _read(self, subscription: Subscription) -> list[Prepared]:
+        standing = self._standing
+        if subscription.owed is not None or subscription.number >= standing.number:
+            return []
+        items = standing.window.after(subscription.number, SLICE)
+        if items is None:
+            standing.counters.caught_up_from_broker += 1
+            try:
+                items = [Prepared(e) for e in await self._broker.read(subscription.number, limit=SLICE)]
+            except HistoryGoneError:
+                subscription.owed = "history_gone"
+                return []
+        return [item for item in items if item.entry.number <= standing.number]
+
+    def _write(
+        self, subscription: Subscription, items: Sequence[Prepared], verdicts: Sequence[Verdict], most: int
+    ) -> int:
+        out: list[bytes] = []
+        if subscription.owed is not None:
+            self._settle(subscription, out)
+        size, counted = 0, len(out)
+        for item, verdict in zip(items, verdicts, strict=True):
+            if touches(item.entry, subscription.tables) and not self._show(subscription, item, verdict, out):
+                break  # held
+            subscription.number = item.entry.number
+            if len(out) > counted:
+                counted = len(out)
+                size += len(out[-1])
+            if counted >= most or size > self._slice_bytes:
+                break
+        if out:
+            connection = subscription.connection
+            connection.sink.write(out)
+            connection.sent_at = self._loop.time()
+            self._standing.counters.delivered += len(out)
+        self._place(subscription)
+        return len(out)
+
+    def _show(self, subscription: Subscription, item: Prepared, verdict: Verdict, out: list[bytes]) -> bool:
+        """Append what the reader is shown of one entry; False if it must be held before it."""
+        body = item.entry.body
+        if not isinstance(body, Change):
+            if _covered(subscription, body.table, item.entry.number):
+                return True
+            return self._resync(subscription, body.table, body.reason or "upstream_gap", item.entry.number, out)
+        table = body.relation.name
+        if item.entry.number <= subscription.covered.get(table, 0):
+            return True
+        form = subscription.form(body, verdict.old, verdict.new)
+        if isinstance(form, Unknown):
+            self._standing.counters.undecided += form is UNKNOWN
+            return self._resync(subscription, table, "visibility_changed", item.entry.number, out)
+        if form is not None:
+            encoding = subscription.connection.sink.encoding
+            out.append(item.message(self._standing.epoch, form, encoding, subscription.columns, subscription.ids))
+        return True
+
+    def _settle(self, subscription: Subscription, out: list[bytes]) -> None:
+        """Send the resync that stands for everything up to the hub's number."""
+        assert subscription.owed is not None, "only called when one is owed"
+        table = next(iter(subscription.tables)) if len(subscription.tables) == 1 else "*"
+        if self._resync(subscription, table, subscription.owed, self._standing.number, out):
+            subscription.owed = None
+            subscription.number = self._standing.number
+
+    def _resync(
+        self, subscription: Subscription, table: str, reason: ResyncReason, number: int, out: list[bytes]
+    ) -> bool:
+        """Append a resync, unless the last one is too recent: then hold the reader here, and return False.
+
+        The reader reads the table after it is told, and so sees everything up to the hub's number; changes of the
+        table up to there need not be sent any more.
+        """
+        now = self._loop.time()
+        wait = subscription.told.get(table, -self._resync_seconds) + self._resync_seconds - now
+        if wait > 0:
+            subscription.state = State.HELD
+            self._loop.call_later(wait, self._release, subscription)
+            return False
+        subscription.told[table] = now
+        for name in subscription.tables if table == "*" else (table,):
+            subscription.covered[name] = self._standing.number
+        spread = min(_SPREAD_MS_MOST, _SPREAD_MS_PER_CONNECTION * self._standing.directory.count)
+        position = self._standing.position(number)
+        message = native.resync(table, reason, position, random.randint(0, spread), subscription.ids)
+        out.append(wrap(subscription.connection.sink.encoding, message, position))
+        self._standing.counters.resyncs += 1
+        return True
+
+    def _release(self, subscription: Subscription) -> None:
+        if subscription.state is State.HELD:
+            self.resume(subscription)
+
+    def _place(self, subscription: Subscription) -> None:
+        if subscription.state is State.HELD:
+            return
+        if subscription.number > self._standing.number:
+            subscription.state = State.AHEAD
+            self._ahead.add(subscription)
+        elif subscription.connection.sink.full:
+            subscription.state = State.BLOCKED
+        elif subscription.number == self._standing.number and subscription.owed is None:
+            self._standing.arrive(subscription)
+
+
+def _covered(subscription: Subscription, table: str, number: int) -> bool:
+    tables = subscription.tables if table == "*" else (table,)
+    return all(number <= subscription.covered.get(name, 0) for name in tables)

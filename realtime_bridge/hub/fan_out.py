@@ -1,0 +1,181 @@
+"""The newest entries to everybody at the end: entry × audience × filters → sinks.
+
+The cost follows the recipients. All that a batch has for one connection goes out in one write; the loop is given back
+every few milliseconds, so that a large audience holds up nobody else.
+
+Layer: core. May import: words, policy.base, wire, hub.*.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import Final
+
+from realtime_bridge.change import Change, Control, Entry
+from realtime_bridge.hub.connection import Connection
+from realtime_bridge.hub.standing import Standing
+from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown, form_of, is_whole
+from realtime_bridge.hub.window import Prepared
+from realtime_bridge.policy.base import Audience, Member
+from realtime_bridge.wire.native import Form
+
+HOLD_SECONDS: Final = 0.005
+"""How long the loop may be held before others get a turn."""
+_LOOK_AT_CLOCK_EVERY: Final = 64
+
+Pending = dict[Connection, list[bytes]]
+
+
+class FanOut:
+    """Delivers batches of entries to the subscriptions at the end.
+
+    Args:
+        resume: called with every subscription that falls behind because it must read (not because its sink is full).
+    """
+
+    def __init__(self, standing: Standing, resume: Callable[[Subscription], None]) -> None:
+        self._standing = standing
+        self._resume = resume
+        self._loop = asyncio.get_running_loop()
+        self._since = 0.0
+        self._steps = 0
+
+    async def deliver(self, prepared: Sequence[Prepared]) -> None:
+        """Decide and send a run of entries, in order, and move the hub's number to its end."""
+        standing = self._standing
+        async with standing.turn:
+            self._since = self._loop.time()
+            for run in _runs(prepared):
+                if isinstance(run, Control):
+                    await standing.policy.reload(run.table)
+                    continue
+                audiences = await standing.policy.audience([item.entry for item in run])
+                pending: Pending = {}
+                for item, audience in zip(run, audiences, strict=True):
+                    await self._collect(item, audience, pending)
+                await self._write(pending, run[-1].entry.number)
+            standing.number = prepared[-1].entry.number
+            standing.counters.entries += len(prepared)
+
+    async def _collect(self, item: Prepared, audience: Audience, pending: Pending) -> None:
+        body = item.entry.body
+        if isinstance(body, Control):
+            if body.kind == "resync":
+                for subscription in self._standing.directory.all(body.table):
+                    self._fall_behind(subscription, item.entry.number - 1)
+            return
+        for members, old, new in _groups(body, audience):
+            plain = form_of(body, old, new)
+            for connection, subscriptions in self._standing.directory.readers(members, body.relation.name):
+                if len(subscriptions) == 1 and isinstance(plain, Form) and _simple(subscriptions[0]):
+                    message = item.message(self._standing.epoch, plain, connection.sink.encoding)
+                    pending.setdefault(connection, []).append(message)
+                else:
+                    self._each(item, body, subscriptions, (old, new), pending)
+                await self._breathe()
+
+    def _each(
+        self,
+        item: Prepared,
+        change: Change,
+        subscriptions: Iterable[Subscription],
+        verdict: tuple[bool | None, bool | None],
+        pending: Pending,
+    ) -> None:
+        """Several subscriptions of one connection: one message for those that are shown the same."""
+        same: dict[tuple[Form, tuple[str, ...] | None], list[Subscription]] = {}
+        for subscription in subscriptions:
+            if subscription.state is not State.AT_END:
+                continue
+            form = subscription.form(change, *verdict)
+            if form is None:
+                continue
+            if isinstance(form, Unknown) or subscription.by_hand is not None:
+                self._standing.counters.undecided += form is UNKNOWN
+                self._fall_behind(subscription, item.entry.number - 1)
+            elif subscription.id is None:
+                same.setdefault((form, subscription.columns), []).insert(0, subscription)
+            else:
+                same.setdefault((form, subscription.columns), []).append(subscription)
+        for (form, columns), alike in same.items():
+            connection = alike[0].connection
+            messages = pending.setdefault(connection, [])
+            if alike[0].id is None:  # the one made by the address is told without ids, on its own
+                messages.append(item.message(self._standing.epoch, form, connection.sink.encoding, columns))
+            if ids := tuple(s.id for s in alike if s.id is not None):
+                messages.append(item.message(self._standing.epoch, form, connection.sink.encoding, columns, ids))
+
+    def _fall_behind(self, subscription: Subscription, number: int) -> None:
+        if subscription.state is State.AT_END:
+            self._standing.depart(subscription, number, State.BEHIND)
+            self._resume(subscription)
+
+    async def _write(self, pending: Pending, number: int) -> None:
+        counters = self._standing.counters
+        now = self._loop.time()
+        for connection, messages in pending.items():
+            connection.sink.write(messages)
+            connection.written = number
+            connection.sent_at = now
+            counters.delivered += len(messages)
+            if connection.sink.full:
+                self._block(connection, number)
+            await self._breathe()
+
+    def _block(self, connection: Connection, number: int) -> None:
+        for subscription in connection.subscriptions.values():
+            if subscription.state is State.AT_END:
+                self._standing.depart(subscription, number, State.BLOCKED)
+                self._standing.counters.fell_behind += 1
+
+    async def _breathe(self) -> None:
+        self._steps += 1
+        if self._steps % _LOOK_AT_CLOCK_EVERY == 0 and self._loop.time() - self._since > HOLD_SECONDS:
+            await asyncio.sleep(0)
+            self._since = self._loop.time()
+
+
+def _simple(subscription: Subscription) -> bool:
+    return (
+        subscription.id is None
+        and subscription.plain
+        and subscription.columns is None
+        and subscription.by_hand is None
+        and subscription.state is State.AT_END
+    )
+
+
+def _runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | Control]:
+    """Entries up to each one that must take effect before the next is decided, and that one."""
+    run: list[Prepared] = []
+    for item in prepared:
+        run.append(item)
+        body = item.entry.body
+        if isinstance(body, Control) and body.kind == "catalog":
+            yield run
+            yield body
+            run = []
+    if run:
+        yield run
+
+
+def _groups(change: Change, audience: Audience) -> Iterator[tuple[Set[Member], bool | None, bool | None]]:
+    """Members who see the same of a change, with what they see."""
+    if audience.unknown:
+        yield audience.unknown, None, None
+    if change.operation == "INSERT":
+        yield audience.new, False, True
+    elif change.operation == "DELETE":
+        yield audience.old, True, False
+    else:
+        before: bool | None = False if is_whole(change.old) else None
+        yield audience.old & audience.new, True, True
+        yield audience.new - audience.old, before, True
+        yield audience.old - audience.new, True, False
+
+
+def touches(entry: Entry, tables: Set[str]) -> bool:
+    """Whether an entry can matter to a reader of these tables."""
+    body = entry.body
+    if isinstance(body, Change):
+        return body.relation.name in tables
+    return body.kind == "resync" and (body.table == "*" or body.table in tables)

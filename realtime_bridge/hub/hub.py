@@ -1,0 +1,376 @@
+"""The hub: follows the history and serves every connection of this process from it.
+
+Layer: core. May import: words, broker.base, filters, policy.base, wire, hub.*.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Final
+
+from realtime_bridge.broker.base import Broker, Update
+from realtime_bridge.change import Position, ResyncReason
+from realtime_bridge.claims import Claims
+from realtime_bridge.errors import (
+    BadRequestError,
+    BrokerError,
+    ForbiddenError,
+    HistoryGoneError,
+    TooManyRequestsError,
+    UnavailableError,
+)
+from realtime_bridge.filters import Filter
+from realtime_bridge.hub.base import Sink
+from realtime_bridge.hub.catch_up import READERS, CatchUp
+from realtime_bridge.hub.connection import Connection
+from realtime_bridge.hub.fan_out import FanOut
+from realtime_bridge.hub.keepalive import Keepalive
+from realtime_bridge.hub.standing import Counters, Standing
+from realtime_bridge.hub.subscription import State, Subscription
+from realtime_bridge.policy.base import Policy
+
+logger = logging.getLogger(__name__)
+
+MAX_SUBSCRIPTIONS: Final = 100
+"""Per connection, as Supabase has it."""
+_BACKOFF_SECONDS: Final = 0.25
+
+
+class Hub:
+    """Serves connections from the history. One per process; make it on the running loop, then `run` it.
+
+    Args:
+        tables: every table that can be subscribed to.
+        send_buffer_bytes: see `BRIDGE_SEND_BUFFER_BYTES`.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        policy: Policy,
+        *,
+        tables: Collection[str],
+        max_connections: int,
+        max_connections_per_user: int,
+        send_buffer_bytes: int,
+        ping_seconds: float,
+        resync_seconds: float,
+    ) -> None:
+        self.tables = tuple(tables)
+        self.max_connections = max_connections
+        self.max_connections_per_user = max_connections_per_user
+        self.ping_seconds = ping_seconds
+        self.draining = False
+        self.connections: set[Connection] = set()
+        self._broker = broker
+        self._policy = policy
+        self._standing = Standing(policy)
+        self._catch_up = CatchUp(self._standing, broker, slice_bytes=send_buffer_bytes, resync_seconds=resync_seconds)
+        self._fan_out = FanOut(self._standing, self._catch_up.resume)
+        self._keepalive = Keepalive(self, ping_seconds)
+        self._per_user: Counter[str] = Counter()
+        self._begun = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Follow the history and serve, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(), name="follow")
+            tasks.create_task(self._keepalive.run(), name="keepalive")
+            for i in range(READERS):
+                tasks.create_task(self._catch_up.work(), name=f"catch-up-{i}")
+
+    async def begun(self) -> None:
+        """Wait until the hub stands somewhere in the history."""
+        await self._begun.wait()
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with self._broker.follow() as updates:
+                    async for update in updates:
+                        await self._apply(update)
+                        self._standing.following = True
+            except BrokerError as error:
+                if self._standing.following or not self._begun.is_set():
+                    logger.warning("broker lost, following again", extra={"reason": str(error)})
+            except Exception:
+                # A fault of ours: whoever is connected is told to read again rather than left with half a batch.
+                logger.exception("following failed, readers are told to resync")
+                self._standing.window.reset(self._standing.number)
+                await self._lost(self._standing.epoch, self._standing.number)
+            self._standing.following = False
+            await asyncio.sleep(_BACKOFF_SECONDS)
+
+    async def _apply(self, update: Update) -> None:
+        standing = self._standing
+        if not self._begun.is_set():
+            standing.epoch, standing.number = update.epoch, update.number
+            standing.window.reset(update.number)
+            self._begun.set()
+        elif update.kind == "fork":
+            await self._fork(update.epoch, update.number)
+        elif update.kind == "lost":
+            await self._lost(update.epoch, update.number)
+        else:
+            await self._reconcile(update)
+            await self._extend(update)
+        standing.proven_until = max(standing.proven_until, update.proven_until)
+
+    async def _reconcile(self, update: Update) -> None:
+        """After following anew: get from where this process stood to where the update begins."""
+        standing = self._standing
+        begins = update.number - len(update.entries)
+        if update.epoch == standing.epoch and begins == standing.number:
+            return
+        try:
+            if update.epoch != standing.epoch:
+                number = await self._broker.locate(Position(standing.epoch, standing.number))
+                await self._fork(update.epoch, number)
+            while standing.number < begins:
+                entries = await self._broker.read(standing.number)
+                known = standing.window.last_id()
+                if not entries or (known is not None and entries[0].previous != known):
+                    raise HistoryGoneError("the history is not the continuation of what was seen")
+                await self._deliver(Update("entries", update.epoch, entries[-1].number, tuple(entries)))
+            if begins < standing.number and update.number < standing.number:
+                raise HistoryGoneError("the history ends before what was seen")
+        except HistoryGoneError:
+            await self._lost(update.epoch, begins)
+
+    async def _extend(self, update: Update) -> None:
+        new = tuple(entry for entry in update.entries if entry.number > self._standing.number)
+        if new:
+            await self._deliver(Update("entries", update.epoch, update.number, new))
+
+    async def _deliver(self, update: Update) -> None:
+        await self._fan_out.deliver(self._standing.window.extend(update.entries))
+        self._catch_up.moved()
+
+    async def _fork(self, epoch: str, number: int) -> None:
+        """Everything after a number never happened; whoever had read further rewinds to it."""
+        standing = self._standing
+        async with standing.turn:
+            standing.epoch = epoch
+            if number >= standing.number:
+                return
+            logger.warning("the history was cut back", extra={"epoch": epoch, "entries": standing.number - number})
+            standing.generation += 1
+            standing.number = number
+            standing.window.cut(number)
+            for subscription in self._subscriptions():
+                subscription.number = min(subscription.number, number)
+                subscription.covered.clear()
+            for connection in self.connections:
+                connection.written = min(connection.written, number)
+        self._catch_up.moved()
+
+    async def _lost(self, epoch: str, number: int) -> None:
+        """The history is gone: everybody is told to read again."""
+        standing = self._standing
+        logger.warning("the history is gone, readers are told to resync", extra={"epoch": epoch})
+        async with standing.turn:
+            standing.generation += 1
+            standing.epoch, standing.number = epoch, number
+            standing.window.reset(number)
+            for connection in self.connections:
+                connection.written = 0
+            for subscription in self._subscriptions():
+                self._owe(subscription, "history_gone")
+        self._catch_up.moved()
+
+    def _subscriptions(self) -> list[Subscription]:
+        return [s for connection in self.connections for s in connection.subscriptions.values()]
+
+    def _owe(self, subscription: Subscription, reason: ResyncReason) -> None:
+        """A subscription must resync before anything else. Only within `turn`."""
+        subscription.owed = reason
+        subscription.covered.clear()
+        if subscription.state is State.AT_END:
+            self._standing.depart(subscription, self._standing.number, State.BEHIND)
+            self._catch_up.resume(subscription)
+        else:
+            subscription.number = self._standing.number
+
+    # -- where it stands -----------------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        """What the hub has done since it began."""
+        return self._standing.counters
+
+    @property
+    def following(self) -> bool:
+        """Whether the broker is being followed now."""
+        return self._standing.following
+
+    @property
+    def complete_until(self) -> float | None:
+        """Seconds since 1970 up to which nothing is missing here, or None if nothing is proven yet."""
+        return self._standing.proven_until or None
+
+    @property
+    def position(self) -> str:
+        """The position up to which everything is decided: what a read of the database may start from."""
+        return self._standing.position(self._standing.number)
+
+    def position_of(self, connection: Connection) -> str:
+        """The position that every subscription of a connection has passed."""
+        return self._standing.position(connection.number(self._standing.number))
+
+    def at_end(self, connection: Connection) -> bool:
+        """Whether every subscription of a connection is at the end."""
+        return not any(True for _ in connection.behind())
+
+    def behind(self) -> int:
+        """How many subscriptions are not at the end."""
+        return sum(len(c.subscriptions) for c in self.connections) - self._standing.directory.count
+
+    async def locate(self, text: str | None) -> tuple[int, ResyncReason | None]:
+        """Where a reader with a position (None: with none) begins, and the resync it is owed, if any.
+
+        Raises:
+            InvalidPositionError: the text cannot be a position.
+            BrokerError: it is not in the window, and the broker does not answer.
+        """
+        if text is None:
+            return self._standing.number, None
+        position = Position.parse(text)
+        window = self._standing.window
+        if position.epoch == self._standing.epoch and window.first - 1 <= position.number <= self._standing.number:
+            return position.number, None
+        try:
+            return await self._broker.locate(position), None
+        except HistoryGoneError:
+            return self._standing.number, "history_gone"
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+
+    def open(self, sink: Sink, claims: Claims, *, lasting: bool = True) -> Connection:
+        """A connection for verified claims. Pair with `close`. One that is not `lasting` is not pinged.
+
+        Raises:
+            TooManyRequestsError: the process or the user has too many.
+            UnavailableError: the process is being stopped.
+        """
+        self.admit(claims)
+        connection = Connection(sink, claims, self._policy.join(claims), self._loop.time(), lasting=lasting)
+        self.connections.add(connection)
+        if claims.subject is not None:
+            self._per_user[claims.subject] += 1
+        return connection
+
+    def admit(self, claims: Claims | None) -> None:
+        """Whether one more connection would be taken; raises as `open` does."""
+        if self.draining:
+            raise UnavailableError("this server is being stopped")
+        if len(self.connections) >= self.max_connections:
+            raise TooManyRequestsError("this server has too many connections")
+        subject = None if claims is None else claims.subject
+        if subject is not None and self._per_user[subject] >= self.max_connections_per_user:
+            raise TooManyRequestsError("this user has too many connections")
+
+    def close(self, connection: Connection) -> None:
+        """Forget a connection. Idempotent; never closes its sink."""
+        if connection not in self.connections:
+            return
+        self.connections.discard(connection)
+        for subscription in connection.subscriptions.values():
+            self._end(subscription)
+        connection.subscriptions.clear()
+        self._policy.leave(connection.member)
+        if (subject := connection.claims.subject) is not None:
+            self._per_user[subject] -= 1
+            if not self._per_user[subject]:
+                del self._per_user[subject]
+
+    def room(self, connection: Connection) -> None:
+        """The connection's sink can take more."""
+        for subscription in connection.subscriptions.values():
+            if subscription.state is State.BLOCKED:
+                self._catch_up.resume(subscription)
+
+    async def reauthenticate(self, connection: Connection, claims: Claims) -> None:
+        """Newer claims of the same user; subscriptions stay, and are told to resync if they may see otherwise now.
+
+        Raises:
+            ForbiddenError: another user, or another role.
+        """
+        if (claims.user, claims.role) != (connection.claims.user, connection.claims.role):
+            raise ForbiddenError("the new token is of another user or role")
+        async with self._standing.turn:
+            connection.claims, connection.warned = claims, False
+            member = self._policy.join(claims)
+            before = connection.member
+            if member is not before:
+                for subscription in connection.subscriptions.values():
+                    self._owe(subscription, "visibility_changed")
+            connection.member = member
+            self._policy.leave(before)
+
+    # -- subscriptions -------------------------------------------------------------------------------------------------
+
+    def refusal(self, table: str, claims: Claims) -> str | None:
+        """Why a table cannot be subscribed to with these claims, in one sentence; None if it can."""
+        if table not in self.tables:
+            return f"table {table} is not served here"
+        return self._policy.refusal(table, claims)
+
+    def subscribe(
+        self,
+        connection: Connection,
+        tables: Collection[str],
+        start: tuple[int, ResyncReason | None],
+        *,
+        id_: str | None = None,
+        filter_: Filter | None = None,
+        events: frozenset[str] | None = None,
+        columns: tuple[str, ...] | None = None,
+        by_hand: Callable[[], None] | None = None,
+    ) -> Subscription:
+        """Begin to read at what `locate` answered.
+
+        Raises:
+            BadRequestError: the id is taken.
+            TooManyRequestsError: the connection has `MAX_SUBSCRIPTIONS`.
+        """
+        if id_ in connection.subscriptions:
+            raise BadRequestError("id: already subscribed")
+        if len(connection.subscriptions) >= MAX_SUBSCRIPTIONS:
+            raise TooManyRequestsError(f"at most {MAX_SUBSCRIPTIONS} subscriptions a connection")
+        number, owed = start
+        subscription = Subscription(
+            connection,
+            id_,
+            frozenset(tables),
+            number,
+            filter=filter_,
+            events=events,
+            columns=columns,
+            by_hand=by_hand,
+            owed=owed,
+        )
+        connection.subscriptions[id_] = subscription
+        if by_hand is None:
+            self._catch_up.resume(subscription)
+        return subscription
+
+    def unsubscribe(self, connection: Connection, id_: str) -> bool:
+        """End a subscription made by message; False if there is none of this id."""
+        subscription = connection.subscriptions.pop(id_, None)
+        if subscription is None:
+            return False
+        self._end(subscription)
+        return True
+
+    async def advance(self, subscription: Subscription, *, most: int) -> int:
+        """One bounded step of a subscription that is advanced by hand: see `CatchUp.advance`."""
+        return await self._catch_up.advance(subscription, most=most)
+
+    def _end(self, subscription: Subscription) -> None:
+        if subscription.state is State.AT_END:
+            self._standing.depart(subscription, self._standing.number, State.ENDED)
+        subscription.state = State.ENDED

@@ -1,0 +1,68 @@
+"""Where this process stands in the history, and who stands there with it: what the parts of the hub share.
+
+Layer: core. May import: words, policy.base, hub.*.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Final
+
+from realtime_bridge.hub.audience import Directory
+from realtime_bridge.hub.subscription import State, Subscription
+from realtime_bridge.hub.window import Window
+from realtime_bridge.policy.base import Policy
+
+WINDOW_SIZE: Final = 20_000
+WINDOW_BYTES: Final = 64 * 2**20
+
+
+@dataclass
+class Counters:
+    """What the hub has done since it began; read by metrics."""
+
+    delivered: int = 0
+    entries: int = 0
+    resyncs: int = 0
+    fell_behind: int = 0
+    undecided: int = 0
+    caught_up_from_broker: int = 0
+
+
+@dataclass
+class Standing:
+    """Where this process stands.
+
+    Attributes:
+        epoch, number: everything up to here is decided and sent to those at the end.
+        proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
+        generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
+        turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
+        following: whether the broker is being followed now.
+    """
+
+    policy: Policy
+    epoch: str = ""
+    number: int = 0
+    proven_until: float = 0.0
+    generation: int = 0
+    following: bool = False
+    window: Window = field(default_factory=lambda: Window(size=WINDOW_SIZE, max_bytes=WINDOW_BYTES))
+    directory: Directory = field(default_factory=Directory)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    counters: Counters = field(default_factory=Counters)
+
+    def position(self, number: int) -> str:
+        """A number as clients know it."""
+        return f"{self.epoch}-{number}"
+
+    def arrive(self, subscription: Subscription) -> None:
+        """A subscription has examined everything: from now on it is written to directly. Only within `turn`."""
+        subscription.state = State.AT_END
+        self.directory.add(subscription)
+
+    def depart(self, subscription: Subscription, number: int, state: State) -> None:
+        """A subscription at the end stays behind at a number."""
+        assert subscription.state is State.AT_END, "only what is at the end departs from it"
+        self.directory.remove(subscription)
+        subscription.number = number
+        subscription.state = state

@@ -1,0 +1,143 @@
+"""A reader: who reads which tables, from where, and what a change looks like to it.
+
+Layer: core. May import: words, filters, policy.base, wire, hub.base.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final
+
+from realtime_bridge.change import ABSENT, Change, Image, Relation, ResyncReason
+from realtime_bridge.errors import BadRequestError
+from realtime_bridge.filters import BoundFilter, Filter
+from realtime_bridge.wire.native import Form
+
+if TYPE_CHECKING:
+    from realtime_bridge.hub.connection import Connection
+
+
+class Unknown(Enum):
+    """The type of `UNKNOWN`."""
+
+    UNKNOWN = "unknown"
+
+
+UNKNOWN: Final = Unknown.UNKNOWN
+"""What a reader sees of a change cannot be decided: it is told to read the table again."""
+
+
+class State(Enum):
+    """Where a subscription stands."""
+
+    AT_END = auto()
+    """It has everything; new entries are written straight to its sink."""
+    BEHIND = auto()
+    """Somebody is about to read on for it."""
+    BLOCKED = auto()
+    """It waits for room in its sink."""
+    HELD = auto()
+    """It owes its reader a resync that it may not send yet."""
+    AHEAD = auto()
+    """Its position is one that this process has not reached yet."""
+    ENDED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Subscription:
+    """One interest of one connection, with its position.
+
+    Attributes:
+        id: the client's name for it; None for the one made by the address.
+        number: what it has examined; while AT_END the hub's own number stands for it.
+        events: operations delivered, by the delivered type; None for all.
+        columns: columns shown beside the key; None for all.
+        by_hand: whether its transport advances it (a long poll); called when there is something to read.
+        owed: a resync of all its tables that must be sent before anything else.
+        covered: table → number up to which a resync that was sent stands for everything.
+        told: table → time of its newest resync.
+    """
+
+    connection: "Connection"
+    id: str | None
+    tables: frozenset[str]
+    number: int
+    filter: Filter | None = None
+    events: frozenset[str] | None = None
+    columns: tuple[str, ...] | None = None
+    by_hand: Callable[[], None] | None = None
+    state: State = State.BEHIND
+    owed: ResyncReason | None = None
+    covered: dict[str, int] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)
+    _bound: tuple[str, BoundFilter | None] = ("", None)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The `subscriptions` of a message for this one alone."""
+        return () if self.id is None else (self.id,)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes every change of its tables as it is."""
+        return self.filter is None and self.events is None
+
+    def form(self, change: Change, old: bool | None, new: bool | None) -> Form | Unknown | None:
+        """What it is sent of a change, given what its member may see; None for nothing."""
+        if self.filter is not None:
+            bound = self._bind(change.relation)
+            old = _and(old, _matches(bound, change.old))
+            new = _and(new, _matches(bound, change.new))
+        form = form_of(change, old, new)
+        if isinstance(form, Form) and self.events is not None and form.operation not in self.events:
+            return None
+        return form
+
+    def _bind(self, relation: Relation) -> BoundFilter | None:
+        if self._bound[0] != relation.version:
+            assert self.filter is not None, "only called with a filter"
+            try:
+                self._bound = (relation.version, self.filter.bind(relation))
+            except BadRequestError:  # the column is gone since: nothing can be decided any more
+                self._bound = (relation.version, None)
+        return self._bound[1]
+
+
+def _matches(bound: BoundFilter | None, image: Image | None) -> bool | None:
+    if bound is None or image is None:
+        return None
+    return bound.matches(image)
+
+
+def _and(a: bool | None, b: bool | None) -> bool | None:
+    if a is False or b is False:
+        return False
+    return None if a is None or b is None else True
+
+
+def form_of(change: Change, old: bool | None, new: bool | None) -> Form | Unknown | None:
+    """What a change looks like to a reader who may, may not, or perhaps may see its old and new row."""
+    if change.operation == "INSERT":
+        return {True: Form.INSERT, False: None, None: UNKNOWN}[new]
+    if change.operation == "DELETE":
+        return {True: Form.DELETE, False: None, None: UNKNOWN}[old]
+    if new is None:
+        return UNKNOWN
+    if not new:
+        return {True: Form.LEAVE, False: None, None: UNKNOWN}[old]
+    if old is False:
+        return Form.INSERT
+    if old and change.old is not None and is_whole(change.old):
+        return Form.UPDATE
+    return UNKNOWN if old is None and _key_changed(change) else Form.UPDATE_KEY
+
+
+def is_whole(image: Image | None) -> bool:
+    """Whether an image holds every column."""
+    return image is not None and ABSENT not in image
+
+
+def _key_changed(change: Change) -> bool:
+    if change.old is None or change.new is None:
+        return False
+    return change.relation.key_of(change.old) != change.relation.key_of(change.new)

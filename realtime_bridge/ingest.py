@@ -1,0 +1,160 @@
+"""Source → broker, while this process holds the lease.
+
+Layer: core. May import: words, sources.base, broker.base.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from realtime_bridge.broker.base import Broker
+from realtime_bridge.errors import BridgeError, BrokerError, ConfigurationError, ForkError, LeaseLostError
+from realtime_bridge.sources.base import Source, SourceBatch, SourceStream
+
+logger = logging.getLogger(__name__)
+
+ACKNOWLEDGE_AFTER_SECONDS: Final = 5.0
+"""How far the acknowledgement trails the append: what a failover of the broker loses within it can be read again."""
+APPEND_MOST: Final = 500
+_BACKOFF_FIRST: Final = 0.25
+_BACKOFF_MOST: Final = 10.0
+
+
+@dataclass
+class IngestState:
+    """What ingest is doing, for `/readyz` and metrics.
+
+    Attributes:
+        leading: this process holds the lease.
+        reading: the source is open.
+        problem: the newest reason why it is not, for people; empty while all is well.
+        appended: entries appended by this process.
+    """
+
+    leading: bool = False
+    reading: bool = False
+    problem: str = ""
+    appended: int = 0
+    restarts: int = 0
+    batch_at: float = field(default=0.0)
+
+
+class Ingest:
+    """Copies changes from the source into the broker whenever this process leads.
+
+    Args:
+        ttl: seconds for which the lease holds without being extended.
+        namespace: with the fencing token, the name by which a successor recognises this reader.
+    """
+
+    def __init__(self, source: Source, broker: Broker, *, namespace: str, ttl: float) -> None:
+        self.state = IngestState()
+        self._source = source
+        self._broker = broker
+        self._namespace = namespace
+        self._ttl = ttl
+
+    async def run(self) -> NoReturn:
+        """Wait for the lease, copy while it holds, and begin again, until cancelled.
+
+        Every failure is logged once and answered by waiting with backoff and full jitter.
+        """
+        backoff = _BACKOFF_FIRST
+        while True:
+            started = time.monotonic()
+            try:
+                await self._lead()
+            except BridgeError as error:
+                self._report(error)
+            if time.monotonic() - started > _BACKOFF_MOST:
+                backoff = _BACKOFF_FIRST
+            await asyncio.sleep(random.uniform(0, backoff))
+            backoff = min(backoff * 2, _BACKOFF_MOST)
+
+    async def _lead(self) -> None:
+        token = await self._broker.acquire_lease(ttl=self._ttl)
+        self.state.leading = True
+        logger.info("leading", extra={"token": token})
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._broker.keep_lease(token, ttl=self._ttl), name="lease")
+                tasks.create_task(self._copy(token), name="copy")
+        except* BridgeError as group:
+            raise _first(group) from group
+        finally:
+            self.state.leading = self.state.reading = False
+            await self._release(token)
+
+    async def _release(self, token: str) -> None:
+        try:
+            await self._broker.release_lease(token)
+        except BrokerError:
+            logger.warning("lease not released, it runs out by itself", extra={"token": token})
+
+    async def _copy(self, token: str) -> None:
+        after = await self._broker.watermark()
+        owner = f"{self._namespace}/{token}"
+        async with self._source.open(after, owner=owner) as stream:
+            trail = _Trail(stream)
+            async for batch in stream:
+                if not self.state.reading:
+                    self.state.reading, self.state.problem = True, ""
+                    logger.info("reading the source", extra={"source": self._source.name})
+                await self._append(token, batch)
+                self.state.batch_at = time.time()
+                trail.note(batch.acknowledge)
+
+    async def _append(self, token: str, batch: SourceBatch) -> None:
+        bodies = batch.bodies
+        for start in range(0, len(bodies), APPEND_MOST):
+            chunk = bodies[start : start + APPEND_MOST]
+            last = start + len(chunk) == len(bodies)
+            watermark = batch.watermarks[start + len(chunk) - 1]
+            await self._broker.append(
+                token,
+                chunk,
+                watermark=(batch.watermark or watermark) if last else watermark,
+                proven_until=batch.proven_until if last else None,
+            )
+        if not bodies and (batch.watermark or batch.proven_until is not None):
+            await self._broker.append(token, (), watermark=batch.watermark, proven_until=batch.proven_until)
+        self.state.appended += len(bodies)
+
+    def _report(self, error: BridgeError) -> None:
+        self.state.restarts += 1
+        if isinstance(error, LeaseLostError | ForkError):
+            logger.warning("stopped leading", extra={"reason": str(error)})
+            return
+        if str(error) != self.state.problem:
+            level = logging.ERROR if isinstance(error, ConfigurationError) else logging.WARNING
+            logger.log(level, "cannot read the source", extra={"reason": str(error)})
+        self.state.problem = str(error)
+
+
+class _Trail:
+    """Acknowledges the source `ACKNOWLEDGE_AFTER_SECONDS` behind the append."""
+
+    def __init__(self, stream: SourceStream) -> None:
+        self._stream = stream
+        self._pending: deque[tuple[float, int]] = deque()
+
+    def note(self, acknowledge: int | None) -> None:
+        """Called after every append; at least once a second, since a source yields that often."""
+        now = time.monotonic()
+        # One note in a quarter of a second is enough, and bounds what is kept.
+        if acknowledge is not None and (not self._pending or now - self._pending[-1][0] > 0.25):
+            self._pending.append((now, acknowledge))
+        while self._pending and now - self._pending[0][0] >= ACKNOWLEDGE_AFTER_SECONDS:
+            self._stream.acknowledge(self._pending.popleft()[1])
+
+
+def _first(group: BaseExceptionGroup[BridgeError]) -> BridgeError:
+    """The error that says most: a lost lease explains whatever came with it."""
+    errors: list[BridgeError] = []
+    for error in group.exceptions:
+        errors.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((e for e in errors if isinstance(e, LeaseLostError)), errors[0])

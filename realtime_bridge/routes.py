@@ -1,0 +1,80 @@
+"""Every route of the contract, on one router that also works inside somebody else's application.
+
+Layer: whole. May import: everything above.
+"""
+
+import secrets
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.security.utils import get_authorization_scheme_param
+from starlette.websockets import WebSocket
+
+from realtime_bridge.auth import require_claims
+from realtime_bridge.errors import NotFoundError, UnauthorizedError
+from realtime_bridge.metrics import CONTENT_TYPE
+from realtime_bridge.rest.posts import posts_router
+from realtime_bridge.rest.problems import ProblemRoute
+
+if TYPE_CHECKING:
+    from realtime_bridge.bridge import Bridge
+
+
+def make_router(bridge: "Bridge") -> APIRouter:
+    """The router of one bridge. Every answer that is an error is `application/problem+json`."""
+    router = APIRouter(route_class=ProblemRoute)
+
+    @router.websocket("/ws")
+    async def websocket(websocket: WebSocket) -> None:
+        await bridge.running.websocket(websocket)
+
+    @router.get("/events")
+    async def events(request: Request) -> Response:
+        return await bridge.running.events(request)
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        checks = await bridge.checks()
+        ok = all(check.ok for check in checks.values())
+        body: dict[str, Any] = {
+            "status": "ready" if ok else "not ready",
+            "complete_until": bridge.running.hub.complete_until,
+            "checks": {name: {"ok": check.ok, "reason": check.reason} for name, check in checks.items()},
+        }
+        return JSONResponse(body, status_code=200 if ok else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(bridge.metrics.page(), media_type=CONTENT_TYPE)
+
+    @router.get("/")
+    async def page(request: Request) -> Response:
+        _require_admin(bridge, request)
+        html = resources.files("realtime_bridge").joinpath("static/index.html").read_bytes()
+        return Response(html, media_type="text/html")
+
+    if bridge.settings.database_url is not None:
+        router.include_router(
+            posts_router(lambda: bridge.running.database, require_claims(bridge.verifier), lambda: _position(bridge))
+        )
+    return router
+
+
+def _position(bridge: "Bridge") -> str:
+    return bridge.running.hub.position
+
+
+def _require_admin(bridge: "Bridge", request: Request) -> None:
+    """The page is the operator's: HTTP Basic with the admin token as password, or the token as bearer."""
+    wanted = bridge.settings.admin_token
+    if wanted is None:
+        raise NotFoundError("the page is off: set BRIDGE_ADMIN_TOKEN to have it")
+    scheme, value = get_authorization_scheme_param(request.headers.get("authorization"))
+    if scheme.lower() != "bearer" or not secrets.compare_digest(value.encode(), wanted.get_secret_value().encode()):
+        raise UnauthorizedError("the admin token is needed")

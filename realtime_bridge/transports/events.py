@@ -1,0 +1,168 @@
+"""`/events`: the same messages for clients without WebSocket. A long poll now; Server-Sent Events stand here later.
+
+A long poll is a reader that is advanced by hand: a bounded number of slices, and, if there was nothing, one wait at the
+end of the history. Its connection lives as long as the request.
+
+Layer: edges. May import: everything above.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import time
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from realtime_bridge.auth import Verifier
+from realtime_bridge.claims import Claims
+from realtime_bridge.errors import BadRequestError, ForbiddenError, UnauthorizedError
+from realtime_bridge.hub.base import Encoding
+from realtime_bridge.hub.hub import Hub
+from realtime_bridge.hub.subscription import State, Subscription
+from realtime_bridge.transports.requests import Interest, token_of
+from realtime_bridge.wire.native import optional_timestamp
+
+MAX_WAIT_SECONDS: Final = 60.0
+MAX_LIMIT: Final = 1000
+MAX_SLICES: Final = 20
+"""What one poll may examine: so many slices of the history. `more` tells that there is more."""
+
+
+class Collector:
+    """The sink of a long poll: keeps what it is given for the answer."""
+
+    encoding = Encoding.JSON
+    full = False
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+
+    def write(self, messages: Sequence[bytes]) -> None:
+        """Keep messages; bounded by what the poll asks for."""
+        self.messages += messages
+
+    def ping(self) -> None:
+        """Nothing: a poll is over soon."""
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Nothing: a poll is over soon."""
+
+    def abort(self) -> None:
+        """Nothing: a poll is over soon."""
+
+
+@dataclass(frozen=True)
+class EventsEndpoint:
+    """Serves `/events`.
+
+    Attributes:
+        allowed: whether an Origin header may ask a host.
+        draining: set when the process is being stopped: polls that wait are then answered.
+    """
+
+    hub: Hub
+    verifier: Verifier
+    allowed: Callable[[str | None, str | None], bool]
+    draining: asyncio.Event
+    token_in_query: bool
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one long poll.
+
+        Raises:
+            BridgeError: mapped to a problem response by the route.
+        """
+        if not self.allowed(request.headers.get("origin"), request.headers.get("host")):
+            raise ForbiddenError("origin not allowed")
+        token, _ = token_of(request, in_query=self.token_in_query)
+        if token is None:
+            raise UnauthorizedError("missing")
+        interest = Interest.parse(request.query_params, self.hub.tables)
+        wait = _number(request, "wait", 25.0, MAX_WAIT_SECONDS)
+        limit = max(1, int(_number(request, "limit", 500, MAX_LIMIT)))
+        claims = await self.verifier.verify(token)
+        for table in interest.tables:
+            if (refusal := self.hub.refusal(table, claims)) is not None:
+                raise ForbiddenError(refusal)
+        return await self._poll(request, claims, interest, wait, limit)
+
+    async def _poll(self, request: Request, claims: Claims, interest: Interest, wait: float, limit: int) -> Response:
+        start = await self.hub.locate(interest.position)
+        collector, news = Collector(), asyncio.Event()
+        connection = self.hub.open(collector, claims, lasting=False)
+        try:
+            subscription = self.hub.subscribe(
+                connection, interest.tables, start, filter_=interest.filter, events=interest.events, by_hand=news.set
+            )
+            if claims.expires_at is not None:
+                wait = min(wait, max(0.0, claims.expires_at - time()))
+            async with _unless_gone(request) as gone:
+                more = await self._read(subscription, collector, limit)
+                until = asyncio.get_running_loop().time() + wait
+                while not (collector.messages or more or gone.is_set() or self.draining.is_set()):
+                    left = until - asyncio.get_running_loop().time()
+                    if left <= 0:
+                        break
+                    await _first(news, self.draining, gone, timeout=left)
+                    news.clear()
+                    more = await self._read(subscription, collector, limit)
+            return self._answer(collector, self.hub.position_of(connection), more)
+        finally:
+            self.hub.close(connection)
+
+    async def _read(self, subscription: Subscription, collector: Collector, limit: int) -> bool:
+        """Advance until something was found and read to the end or to the limit; whether there is more."""
+        for _ in range(MAX_SLICES):
+            left = limit - len(collector.messages)
+            if subscription.state is not State.BEHIND or left <= 0:
+                break
+            await self.hub.advance(subscription, most=left)
+        return subscription.state is State.BEHIND
+
+    def _answer(self, collector: Collector, position: str, more: bool) -> Response:
+        complete_until = None if more else optional_timestamp(self.hub.complete_until)
+        body = b'{"messages":[%b],"position":"%b","more":%b,"complete_until":%b}' % (
+            b",".join(collector.messages),
+            position.encode(),
+            b"true" if more else b"false",
+            b"null" if complete_until is None else f'"{complete_until}"'.encode(),
+        )
+        headers = {"Cache-Control": "no-store"}
+        return Response(body, media_type="application/json", headers=headers)
+
+
+def _number(request: Request, name: str, default: float, most: float) -> float:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not text.replace(".", "", 1).isascii() or not text.replace(".", "", 1).isdigit():
+        raise BadRequestError(f"{name}: a number from 0 to {most:g}")
+    return min(float(text), most)
+
+
+@asynccontextmanager
+async def _unless_gone(request: Request) -> AsyncIterator[asyncio.Event]:
+    """An event that is set when the client gives the request up."""
+    gone = asyncio.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(watch())
+        yield gone
+        task.cancel()
+
+
+async def _first(*events: asyncio.Event, timeout: float) -> None:
+    """Wait until one of the events is set, or until the time is over."""
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(event.wait()) for event in events]
+        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
