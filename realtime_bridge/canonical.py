@@ -38,6 +38,53 @@ def canonical(type_name: str, text: str) -> str:
     return reader(text)
 
 
+def cast(text: str, source: str, target: str) -> str:
+    """The canonical text after a cast between two of these types.
+
+    Args:
+        text: canonical for `source`.
+        source: the type that `text` is of.
+        target: the type that it becomes.
+
+    Raises:
+        ValueError: Postgres would refuse it, or the cast is none that is known here.
+    """
+    if source in TEXT_TYPES:
+        return canonical(target, text)
+    if not is_castable(source, target):
+        raise ValueError(f"{source} is not cast to {target}")
+    if source == "bool" and target in TEXT_TYPES:
+        return "true" if text == "t" else "false"
+    return canonical(target, text)
+
+
+def is_castable(source: str, target: str) -> bool:
+    """Whether `cast` knows the way from one type to the other."""
+    if source in TEXT_TYPES:
+        return target in _READERS
+    if target in TEXT_TYPES or source == target:
+        return source in _READERS
+    return source in INTEGER_BITS and target in INTEGER_BITS
+
+
+def keeps_text(source: str, target: str) -> bool:
+    """Whether a cast leaves every canonical text as it is, and so can neither fail nor change what is equal."""
+    if source in INTEGER_BITS and target in INTEGER_BITS:
+        return INTEGER_BITS[source] <= INTEGER_BITS[target]
+    if source in TEXT_TYPES:
+        return target in TEXT_TYPES
+    return source == target or (target in TEXT_TYPES and source in _READERS and source != "bool")
+
+
+def family(type_name: str) -> str | None:
+    """The word for types that compare with each other by their texts; None for all others."""
+    if type_name in INTEGER_BITS:
+        return "integer"
+    if type_name in TEXT_TYPES:
+        return "text"
+    return type_name if type_name in _READERS else None
+
+
 def _uuid(text: str) -> str:
     match = _UUID.fullmatch(text)
     if match is None:

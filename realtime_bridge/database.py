@@ -12,7 +12,7 @@ https://www.pgbouncer.org/features.html (what transaction pooling takes away).
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -25,7 +25,7 @@ from realtime_bridge.errors import BadRequestError, BridgeError, ConfigurationEr
 
 logger = logging.getLogger(__name__)
 
-Connection: TypeAlias = PoolConnectionProxy[asyncpg.Record]
+Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 
 _CONNECT_SECONDS: Final = 10.0
 _POOLER_PORT: Final = ":6543"
@@ -114,7 +114,7 @@ class Database:
         )
 
     @asynccontextmanager
-    async def transaction(self, *, readonly: bool = False) -> AsyncGenerator[Connection]:
+    async def transaction(self, *, readonly: bool = False) -> AsyncIterator[Connection]:
         """A transaction as the login role, without claims; names outside `pg_catalog` need their schema.
 
         Raises (also for what the block raises):
@@ -127,7 +127,7 @@ class Database:
             yield connection
 
     @asynccontextmanager
-    async def transaction_as(self, claims: Claims, *, readonly: bool = False) -> AsyncGenerator[Connection]:
+    async def transaction_as(self, claims: Claims, *, readonly: bool = False) -> AsyncIterator[Connection]:
         """A transaction as the caller: row-level security decides what it sees and does.
 
         The claims are set in both ways that the auth functions of one year or another read: as one JSON, and each
@@ -153,7 +153,7 @@ class Database:
             yield connection
 
     @asynccontextmanager
-    async def _begin(self, settings: tuple[str, ...], *, readonly: bool) -> AsyncGenerator[Connection]:
+    async def _begin(self, settings: tuple[str, ...], *, readonly: bool) -> AsyncIterator[Connection]:
         assert self._pool is not None, "the database is not entered"
         try:
             async with AsyncExitStack() as stack:
@@ -268,10 +268,12 @@ def _translated(error: Exception) -> BridgeError:
         return ForbiddenError("Postgres does not permit it to this role")
     if isinstance(error, asyncpg.QueryCanceledError | TimeoutError):
         return DatabaseError("Postgres took too long")
+    if isinstance(error, ValueError):  # asyncpg cannot encode an argument
+        return BadRequestError("Postgres has no such value")
     if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.PostgresConnectionError):
         return DatabaseError("Postgres cannot be reached")
     state = error.sqlstate or "unknown"
-    if state[:2] in ("22", "23", "44", "P0"):  # data, constraints, views with check option, raised by a function
+    if state[:2] in ("22", "23", "P0"):  # data, constraints, raised by a function
         return BadRequestError(f"Postgres refused the values (SQLSTATE {state})")
     return DatabaseError(f"Postgres refused (SQLSTATE {state})")
 

@@ -143,8 +143,8 @@ class Settings(BaseSettings):
         return self.source or ("supabase" if self.supabase_url else "postgres")
 
     @classmethod
-    def load(cls, *, env_file: Path | None = Path(".env"), **fields: Any) -> Self:
-        """Read the environment and `.env`; the environment wins.
+    def load(cls, *, env_file: Path | None = Path(".env"), whole: bool = True, **fields: Any) -> Self:
+        """Read the environment and `.env`; the environment wins. What is not `whole` need not suffice to serve.
 
         Raises:
             ConfigurationError: one sentence that names the variable.
@@ -156,7 +156,8 @@ class Settings(BaseSettings):
             settings = cls(_env_file=file, **fields)
         except ValidationError as error:
             raise ConfigurationError(_sentence(error)) from None
-        settings.require()
+        if whole:
+            settings.require()
         return settings
 
     def require(self) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, overload
 from urllib.parse import urlsplit
 
 import jwt
@@ -59,6 +59,10 @@ def drop_database(admin: psycopg.Connection, name: str) -> None:
             return
 
 
+@overload
+async def eventually(condition: Callable[[], Awaitable[T]], timeout: float = 10) -> T: ...
+@overload
+async def eventually(condition: Callable[[], T], timeout: float = 10) -> T: ...
 async def eventually(condition: Callable[[], T | Awaitable[T]], timeout: float = 10) -> T:
     """Call a condition, synchronous or not, until what it returns is truthy, and return that.
 
@@ -119,6 +123,7 @@ class PgBouncer(EmbeddedServer):
             ignore_startup_parameters = extra_float_digits
             """.replace("    ", "")
         )
+        self._folder.hand_over(self.directory)
 
     def _command(self) -> Sequence[str | Path]:
         return [self._program, "config"]

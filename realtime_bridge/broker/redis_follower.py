@@ -9,13 +9,14 @@ Sources: the notification's form is `notify` in lua/common.lua.
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
 from realtime_bridge.broker.base import Update
 from realtime_bridge.broker.redis_history import RawEntry, RedisHistory, View
 from realtime_bridge.broker.redis_link import Subscription
+from realtime_bridge.change import Entry
 from realtime_bridge.errors import BrokerError, HistoryGoneError
 
 QUIET_SECONDS: Final = 1.0
@@ -83,20 +84,20 @@ class Follower:
         self._proven_until = view.head.proven_until
         self._pinged_at: float | None = None
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield updates for ever; see `Broker.follow`."""
         yield self._update()
         while True:
             data = await self._subscription.next(QUIET_SECONDS)
-            if data is not None:
+            if data is None:
+                await self._ping()
+            else:
                 self._pinged_at = None
             notification = Notification.parse(data) if data else None
             if notification is not None and self._continues(notification):
                 self._proven_until = notification.proven_until
                 yield await self._take(notification.entries)
-            elif notification is None or not self._is_known(notification):
-                if data is None:
-                    await self._ping()
+            elif data is None or (notification is not None and not self._is_known(notification)):
                 async for update in self._catch_up():
                     yield update
 
@@ -122,21 +123,50 @@ class Follower:
         elif now - self._pinged_at >= PONG_SECONDS:
             raise BrokerError("Redis: the notification connection is dead")
 
-    async def _catch_up(self) -> AsyncIterator[Update]:
-        """Ask where the history ends, and read up to there."""
+    async def _catch_up(self) -> AsyncGenerator[Update, None]:
+        """Ask where the history ends, and read up to there. What is proven of the end is told only there."""
         view = await self._history.view()
         if view.head.epoch != self.epoch:
             yield await self._change_epoch(view)
-        self._proven_until = min(self._proven_until, view.head.proven_until)
         while self.number < view.head.number:
-            try:
-                raw = await self._history.read(self.number, limit=READ_ENTRIES, max_bytes=READ_BYTES)
-            except HistoryGoneError:
-                raw = []
-            if not raw or self.id not in (None, raw[0].previous):
-                view = await self._history.view()
-                yield await self._change_epoch(view) if view.head.epoch != self.epoch else self._lose(view)
+            raw = await self._read()
+            if raw and self.id in (None, raw[0].previous):
+                yield await self._take(raw)
                 continue
-            yield await self._take(raw)
+            view = await self._history.view()
+            yield self._lose(view) if view.head.epoch == self.epoch else await self._change_epoch(view)
         self._proven_until = view.head.proven_until
         yield self._update()
+
+    async def _read(self) -> list[RawEntry]:
+        try:
+            return await self._history.read(self.number, limit=READ_ENTRIES, max_bytes=READ_BYTES)
+        except HistoryGoneError:
+            return []
+
+    async def _take(self, raw: Sequence[RawEntry]) -> Update:
+        entries = await self._history.decode(raw)
+        if raw:
+            trail = self._history.trail
+            if trail.epoch == self.epoch:
+                trail.extend(raw[0].number, raw[0].previous, [entry.id for entry in raw])
+            self.number, self.id = raw[-1].number, raw[-1].id
+        return self._update(tuple(entries))
+
+    async def _change_epoch(self, view: View) -> Update:
+        common = view.lineage.common(self.epoch)
+        if common is None:
+            return self._lose(view)
+        self.epoch = view.head.epoch
+        if common < self.number:
+            self.number, self.id = common, await self._history.id_of(common)
+            self._proven_until = 0.0
+        return Update("fork", self.epoch, self.number, (), self._proven_until)
+
+    def _lose(self, view: View) -> Update:
+        head = view.head
+        self.epoch, self.number, self.id, self._proven_until = head.epoch, head.number, head.id, head.proven_until
+        return Update("lost", self.epoch, self.number, (), self._proven_until)
+
+    def _update(self, entries: tuple[Entry, ...] = ()) -> Update:
+        return Update("entries", self.epoch, self.number, entries, self._proven_until)

@@ -140,7 +140,7 @@ class RedisHistory:
         head = view.head
         common = view.lineage.common(self.trail.epoch)
         logger.warning("history forked", extra={"epoch": head.epoch, "parent": self.trail.epoch, "number": common})
-        if common is None:
+        if common is None or (common < self.trail.number and self.trail.id_of(common) is None):
             self.trail.restart(head.epoch, head.number, head.id)
         else:
             self.trail.rewind(head.epoch, common)

@@ -69,8 +69,10 @@ _CODE: Final = re.compile(rf"\b({'|'.join(_BY_CODE)})\b")
 
 
 def explain(error: BaseException) -> str:
-    """What is the matter, as the end of a sentence that begins with Redis' address. Holds nothing of the message, which
-    may quote what was sent."""
+    """What is the matter, as the end of a sentence that begins with Redis' address.
+
+    Holds nothing of the error's own message, which may quote what was sent.
+    """
     for kind, sentence in _BY_CLASS:
         if isinstance(error, kind):
             return sentence
@@ -152,6 +154,8 @@ class Link:
         """Run one operation of `lua/`. Atomic: it has happened whole or not at all.
 
         Args:
+            name: of the file.
+            *arguments: its ARGV, after the name for a new epoch, which all take.
             carries: bytes of the arguments, or of the answer; a big one is given more time.
 
         Raises:
@@ -225,8 +229,9 @@ class Link:
         options["db"] = url.database
         if url.kind == "sentinel":
             own = {"username": url.sentinel_username, "password": url.sentinel_password, "db": 0}
-            self._sentinel = Sentinel(list(url.hosts), sentinel_kwargs=options | own, **options)
-            return self._sentinel.master_for(url.service)
+            self._sentinel = Sentinel(list(url.hosts), sentinel_kwargs=options | own, **options)  # type: ignore[no-untyped-call]
+            primary: Redis = self._sentinel.master_for(url.service)
+            return primary
         if url.kind == "unix":
             return Redis(unix_socket_path=url.path, **options)
         host, port = url.hosts[0]
@@ -236,8 +241,8 @@ class Link:
 class Subscription:
     """A subscribed connection.
 
-    redis-py subscribes again by itself when the connection breaks, without a word, and cannot tell a frozen one from a
-    quiet one; so whoever hears nothing asks with `ping`, and numbers tell what went missing.
+    redis-py connects and subscribes again by itself when the connection breaks; that is told here as the error it is.
+    It cannot tell a frozen connection from a quiet one: whoever hears nothing has to `ping`.
     """
 
     def __init__(self, pubsub: PubSub, link: Link) -> None:
@@ -245,7 +250,7 @@ class Subscription:
         self._link = link
 
     async def next(self, timeout: float) -> bytes | None:
-        """The next notification; empty for any other sign of life, None for silence over `timeout` seconds.
+        """The next notification; empty for an answer to `ping`, None for silence over `timeout` seconds.
 
         Raises:
             BrokerError: the connection broke.
@@ -254,9 +259,9 @@ class Subscription:
             message = await self._pubsub.get_message(timeout=timeout)
         if message is None:
             return None
-        data = message["data"] if message["type"] == "message" else b""
-        assert isinstance(data, bytes)
-        return data
+        if message["type"] == "subscribe":
+            raise BrokerError("Redis: the notification connection broke")
+        return bytes(message["data"]) if message["type"] == "message" else b""
 
     async def ping(self) -> None:
         """Ask for a sign of life.

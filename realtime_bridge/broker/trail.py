@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
+
+Mark: TypeAlias = tuple[str, int, str]
+"""Epoch, number and id of the newest entry that somebody has seen."""
 
 IDS_KEPT: Final = 4096
 """A failover that loses more entries than this is told as a lost history."""
@@ -61,8 +64,8 @@ class Trail:
         return self._ids[-1] if self._ids else ""
 
     @property
-    def mark(self) -> tuple[str, int, str]:
-        """Epoch, number and id, to be compared with the broker's."""
+    def mark(self) -> Mark:
+        """To be compared with the broker's."""
         return self.epoch, self.number, self.id
 
     @property
@@ -85,19 +88,22 @@ class Trail:
             self._ids.append(newest_id)
 
     def extend(self, start: int, previous: str, ids: Sequence[str]) -> None:
-        """Remember entries of the believed epoch; what is known already changes nothing."""
+        """Remember entries of the believed epoch.
+
+        Entries that contradict what is remembered are not: whoever compares `mark` with the broker will find the fork.
+        """
         if start > self.number + 1:
             self.restart(self.epoch, start - 1, previous)
-        new = ids[self.number + 1 - start :]
-        self._ids.extend(new)
-        self.number += len(new)
+        known = self.number + 1 - start
+        before = ids[known - 1] if 0 < known <= len(ids) else previous
+        if known < len(ids) and before == self.id:
+            self._ids.extend(ids[known:])
+            self.number += len(ids) - known
 
-    def rewind(self, epoch: str, number: int) -> bool:
-        """Go on in a new epoch, which has everything up to a number; return whether anything seen was lost."""
+    def rewind(self, epoch: str, number: int) -> None:
+        """Go over to a new epoch, which has everything up to a remembered number."""
+        assert number >= self.number or self.id_of(number) is not None
         self.epoch = epoch
-        lost = self.number > number
         while self.number > number:
             self.number -= 1
-            if self._ids:
-                self._ids.pop()
-        return lost
+            self._ids.pop()

@@ -1,21 +1,12 @@
 """Servers and folders that do not outlive the process that made them, not even when it is killed.
 
-A guard, a second small Python process, makes the temporary folder and waits on a pipe that only we hold open. When the
-pipe closes, because the block was left or because we are dead, the guard kills every process whose working directory
-is inside the folder and removes the folder. So there is one way to clean up, it is used every time, and nobody has to
-keep a list of process ids: a server's children count because they work where it works. (PR_SET_PDEATHSIG was refused:
-it follows the *thread* that started the server, and reaches no grandchildren.)
+A `GuardedFolder` has a guard, a process of its own that clears it; an `EmbeddedServer` is a program that runs in one.
 
-This file is also the guard's program, so it imports the standard library only.
-
-Layer: whole (dev). May import: nothing of this package.
-Sources: proc(5), `/proc/<pid>/cwd`; lsof(8), "output for other programs"; ip(7), SO_REUSEADDR on Linux; Postgres'
-`AddToDataDirLockFile` for line 7 of postmaster.pid.
+Layer: whole (dev). May import: errors, dev.guard.
+Sources: ip(7) and socket(7) for SO_REUSEADDR on Linux.
 """
 
-import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,94 +14,22 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Self
+
+from realtime_bridge.dev import guard
+from realtime_bridge.dev.guard import clear, signal_all
+from realtime_bridge.errors import UnavailableError
 
 NOBODY = 65534
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.005
-_IPC_RMID = 0
-_PREFIX = "realtime-bridge-"
 
 
-def inhabitants(folder: Path) -> list[int]:
-    """Process ids of all whose working directory is the folder or lies in it, even when the folder is gone already."""
-    prefix = f"{folder}/"
-    return [
-        pid
-        for pid, directory in _working_directories()
-        if f"{directory.removesuffix(' (deleted)')}/".startswith(prefix)
-    ]
-
-
-def _working_directories() -> Iterator[tuple[int, str]]:
-    if not Path("/proc/self/cwd").exists():
-        yield from _listed_working_directories()
-        return
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with suppress(OSError):  # it has ended meanwhile, or belongs to someone else
-                yield int(entry.name), os.readlink(f"{entry.path}/cwd")  # noqa: PTH115  a deleted one is no path
-
-
-def _listed_working_directories() -> Iterator[tuple[int, str]]:
-    """The same where there is no /proc, as on macOS."""
-    listing = subprocess.run(["lsof", "-w", "-d", "cwd", "-Fn"], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S607
-    pid = 0
-    for line in listing.stdout.splitlines():
-        if line.startswith("p"):
-            pid = int(line[1:])
-        elif line.startswith("n"):
-            yield pid, line[1:]
-
-
-def signal_all(folder: Path, number: signal.Signals) -> list[int]:
-    """Send a signal to whoever works in the folder, and say who that was."""
-    pids = inhabitants(folder)
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-    return pids
-
-
-def clear(folder: Path) -> None:
-    """Kill whoever works in the folder and remove it; gives up after ten seconds on what cannot be killed."""
-    assert folder.name.startswith(_PREFIX), folder
-    deadline = time.monotonic() + STOP_SECONDS
-    while time.monotonic() < deadline:
-        if signal_all(folder, signal.SIGKILL):
-            time.sleep(_POLL_SECONDS)
-        elif folder.exists():
-            _release_shared_memory(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-        else:  # gone, and nobody was in it after that: who comes too late can no longer enter it
-            return
-
-
-def _release_shared_memory(folder: Path) -> None:
-    """Free the one thing that a killed Postgres leaves outside its folder: a System V segment of a few bytes."""
-    for lock_file in folder.glob("*/postmaster.pid"):
-        lines = lock_file.read_text().splitlines()
-        if len(lines) > 6 and lines[6].split():
-            ctypes.CDLL(None).shmctl(int(lines[6].split()[-1]), _IPC_RMID, None)
-
-
-def _guard(parent: str) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).resolve()
-    try:
-        os.write(1, os.fsencode(folder))
-        os.close(1)
-        os.read(0, 1)  # returns when the last holder of the other end has gone
-    finally:
-        clear(folder)
-
-
-class ServerDiedError(RuntimeError):
+class ServerDiedError(UnavailableError):
     """A program ended at once or was not ready in time; the message holds the end of its log."""
 
 
@@ -130,7 +49,7 @@ class GuardedFolder:
         if self.drops_privileges and not readable_by_others(parent):
             parent = Path("/tmp")  # noqa: S108  the folder in it is made by mkdtemp
         self._guard = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-I", "-S", __file__, str(parent)],
+            [sys.executable, "-I", "-S", guard.__file__, str(parent)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -328,7 +247,3 @@ class EmbeddedServer(ABC):
     @property
     def _log(self) -> Path:
         return self.directory / "log"
-
-
-if __name__ == "__main__":
-    _guard(sys.argv[1])

@@ -1,7 +1,7 @@
 """The sample REST resource, `public.posts`: every request as the caller, in one transaction, so that RLS decides.
 
-Postgres makes the JSON itself (`row_to_json` under `TimeZone = UTC`): a row reads the same here as in a live message,
-whatever columns the table has.
+Postgres makes the JSON itself (`row_to_json` under `TimeZone = UTC`), so a row reads the same here as in a live
+message, to the last digit of its timestamps.
 
 Layer: edges. May import: claims, errors, database, rest.problems.
 """
@@ -81,12 +81,14 @@ class Post(BaseModel):
 
 
 def posts_router(
-    database: Database, verifier_dependency: Callable[..., Awaitable[Claims]], position: Callable[[], str]
+    database: Callable[[], Database],
+    verifier_dependency: Callable[..., Awaitable[Claims]],
+    position: Callable[[], str],
 ) -> APIRouter:
     """The routes of `/posts`.
 
     Args:
-        database: of the primary, entered by the time of the first request.
+        database: the primary; asked for with every request, since routes exist before a lifespan begins.
         verifier_dependency: gives the caller's claims, as `auth.require_claims` makes one.
         position: where this process stands in the history. It is asked before a read's transaction begins, so that
             the read shows at least everything up to there, and following from there misses nothing.
@@ -104,7 +106,7 @@ def posts_router(
     ) -> Response:
         """Read the posts that the caller may see, in the order of their ids, a page at a time."""
         headers = {POSITION_HEADER: position()}
-        async with database.transaction_as(claims, readonly=True) as connection:
+        async with database().transaction_as(claims, readonly=True) as connection:
             rows = await connection.fetch(_LIST, after, limit + 1)
         if len(rows) > limit:
             rows.pop()
@@ -114,7 +116,7 @@ def posts_router(
     @router.post("", response_model=Post, status_code=status.HTTP_201_CREATED)
     async def create_post(claims: Caller, post: NewPost) -> Response:
         """Write a post as the caller."""
-        async with database.transaction_as(claims) as connection:
+        async with database().transaction_as(claims) as connection:
             row = await connection.fetchval(_INSERT, post.title, post.body, post.is_public)
         return _json(row, status.HTTP_201_CREATED)
 
@@ -122,7 +124,7 @@ def posts_router(
     async def read_post(claims: Caller, id: Identifier) -> Response:  # noqa: A002  (the name in the address)
         """Read one post, if the caller may see it."""
         headers = {POSITION_HEADER: position()}
-        async with database.transaction_as(claims, readonly=True) as connection:
+        async with database().transaction_as(claims, readonly=True) as connection:
             row = await connection.fetchval(_GET, id)
         if row is None:
             raise NotFoundError("there is no such post")
@@ -131,7 +133,7 @@ def posts_router(
     @router.patch("/{id}", response_model=Post)
     async def change_post(claims: Caller, id: Identifier, change: PostChange) -> Response:  # noqa: A002
         """Change some columns of a post."""
-        async with database.transaction_as(claims) as connection:
+        async with database().transaction_as(claims) as connection:
             row = await connection.fetchval(_UPDATE, id, change.title, change.body, change.is_public)
             if row is None:
                 await _explain(connection, id)
@@ -140,7 +142,7 @@ def posts_router(
     @router.delete("/{id}", status_code=status.HTTP_204_NO_CONTENT)
     async def delete_post(claims: Caller, id: Identifier) -> None:  # noqa: A002
         """Delete a post."""
-        async with database.transaction_as(claims) as connection:
+        async with database().transaction_as(claims) as connection:
             if await connection.fetchval(_DELETE, id) is None:
                 await _explain(connection, id)
 

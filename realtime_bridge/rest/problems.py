@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from realtime_bridge.errors import BridgeError, MessageTooLargeError
+from realtime_bridge.errors import BridgeError
 
 LARGEST_BODY: Final = 2 * 1024 * 1024
 """Bytes of a request's body: room for 100,000 characters, each written as a JSON escape."""
@@ -71,8 +71,6 @@ class ProblemRoute(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handler(Request(request.scope, _bounded(request.receive)))
-            except _BodyTooLargeError:
-                return problem_of(MessageTooLargeError(f"the body is larger than {LARGEST_BODY} bytes"))
             except (BridgeError, RequestValidationError, HTTPException) as error:
                 return problem_of(error)
 
@@ -89,12 +87,8 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
-class _BodyTooLargeError(BaseException):
-    """Not an `Exception`: FastAPI turns every one of those, met while it reads a body, into a 400 of its own."""
-
-
 def _bounded(receive: Receive) -> Receive:
-    """Receive a body, up to the limit."""
+    """Receive a body, up to the limit; beyond it, raise the one kind of error that FastAPI lets pass while it reads."""
     size = 0
 
     async def bounded() -> Message:
@@ -102,7 +96,7 @@ def _bounded(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > LARGEST_BODY:
-            raise _BodyTooLargeError
+            raise HTTPException(413, f"the body is larger than {LARGEST_BODY} bytes")
         return message
 
     return bounded

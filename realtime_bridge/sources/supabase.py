@@ -11,7 +11,7 @@ again, with backoff, and a stream that continues a history begins with a resync.
 What cannot be had this way: digits of a `numeric` (or of a number inside json) beyond those of a double, since the
 client parses them into one; the base type of a domain; commits that the server's poller silently left out.
 
-Layer: adapters. May import: change, errors, sources.base.
+Layer: adapters. May import: change, errors, wire.phoenix, sources.base.
 Sources: realtime 2.34.1 (`_async/client.py`, `_async/channel.py`); https://supabase.com/docs/guides/realtime/protocol.
 """
 
@@ -22,10 +22,12 @@ import math
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -37,14 +39,16 @@ from realtime import (
     RealtimePostgresChangesListenEvent,
     RealtimeSubscribeStates,
 )
-from realtime.message import PostgresChangesPayload, ReplyMessage, ServerMessage, SuccessSystemPayload
+from realtime.message import ReplyMessage, ServerMessage, SuccessSystemPayload
+from realtime.types import PostgresChangesPayload
 from supabase import AsyncClientOptions, acreate_client
 from supabase._async.client import SupabaseException
 from websockets.exceptions import InvalidStatus, WebSocketException
 
-from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Image, Relation, Value
+from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Image, Relation
 from realtime_bridge.errors import ConfigurationError, SourceError
 from realtime_bridge.sources.base import SourceBatch
+from realtime_bridge.wire.phoenix import SUBSCRIBED
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ MOST_WAITING: Final = 4_000
 REPEAT_SECONDS: Final = 60.0
 REPEAT_KEYS: Final = 10_000
 
-_SUBSCRIBED: Final = "Subscribed to PostgreSQL"
+_PHOENIX: Final = "phoenix"
 _TOPIC: Final = "realtime-bridge"
 _ALL: Final = "*"
 
@@ -163,82 +167,87 @@ def _resync(table: str) -> Control:
 # -- the link: all supervision is here -------------------------------------------------------------------------------
 
 
+@dataclass
+class _Heartbeat:
+    """The newest one sent: when by the monotonic clock, and when by the wall clock."""
+
+    ref: str
+    sent: float
+    sent_at: float
+    is_answered: bool = False
+
+
 class _Link:
     """What one channel has heard, and whether it can still be believed.
 
     The `on_…` methods are the client's callbacks. They must not raise, since that would end the client's listening
-    without a word, and must not wait.
+    without a word, and cannot wait.
     """
 
-    def __init__(self, tables: Sequence[str]) -> None:
-        self.tables = tables
-        self.live = asyncio.Event()
-        self.failure: str | None = None
-        self._client: AsyncRealtimeClient | None = None
+    def __init__(self, client: AsyncRealtimeClient, tables: Sequence[str]) -> None:
+        self._client = client
+        self._tables = tables
+        self._is_live = False
+        self._failure: str | None = None
+        self._settled = asyncio.Event()
         self._news = asyncio.Event()
         self._waiting: deque[tuple[str, Mapping[str, Any]]] = deque()
         self._doubts: set[str] = set()
-        self._asked: tuple[str, float, float] | None = None  # ref, wall time, monotonic time
-        self._answered: tuple[str, float] | None = None  # ref, wall time of asking
+        self._heartbeat: _Heartbeat | None = None
+        self._proven_until: float | None = None
 
-    async def subscribe(self, client: AsyncRealtimeClient) -> None:
-        """Join one channel with a binding per table, and wait until changes flow."""
-        self._client = client
-        client.channels["phoenix"] = _HeartbeatChannel(client, self.on_heartbeat_reply)
-        channel = client.channel(_TOPIC).on_system(self.on_system)
-        for name in self.tables:
+    async def subscribe(self) -> None:
+        """Join one channel with a binding per table, and wait until changes flow.
+
+        Raises:
+            SourceError: the server refused, or took too long.
+        """
+        self._client.channels[_PHOENIX] = _HeartbeatChannel(self._client, self.on_heartbeat_reply)
+        channel = self._client.channel(_TOPIC).on_system(self.on_system)
+        for name in self._tables:
             schema, _, table = name.partition(".")
-            channel.on_postgres_changes(
-                RealtimePostgresChangesListenEvent.All, self._change_callback(name), table=table, schema=schema
-            )
+            every = RealtimePostgresChangesListenEvent.All
+            channel.on_postgres_changes(every, partial(self.on_change, name), table=table, schema=schema)
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 await channel.subscribe(self.on_status)
-                while not self.live.is_set() and self.failure is None:
-                    await self.wait(BATCH_SECONDS)
+                await self._settled.wait()
         except TimeoutError:
             raise SourceError(f"Supabase Realtime did not subscribe within {OPEN_SECONDS:.0f} s") from None
-        if self.failure is not None:
-            raise SourceError(self.failure)
-
-    def _change_callback(self, name: str) -> Callable[[PostgresChangesPayload], None]:
-        def on_change(payload: PostgresChangesPayload) -> None:
-            self.on_change(name, payload)
-
-        return on_change
+        if self._failure is not None:
+            raise SourceError(self._failure)
 
     def on_change(self, name: str, payload: PostgresChangesPayload) -> None:
-        """A change for the binding of table `name`; the server takes `_` in a name for any letter."""
+        """A change for the binding of table `name`; to the server a `_` in a name is any letter."""
         data = payload["data"]
         if f"{data['schema']}.{data['table']}" != name:
             return
-        if data["errors"]:
+        if data["errors"] or len(self._waiting) >= MOST_WAITING:
             self.doubt(name)
-        elif len(self._waiting) >= MOST_WAITING:
-            self.doubt(_ALL)
         else:
             self._waiting.append((name, data))
             self._news.set()
 
     def on_system(self, payload: SuccessSystemPayload) -> None:
         """The first of these means that changes flow, any other that the subscription was made anew."""
-        if payload.message != _SUBSCRIBED:
-            return
-        if self.live.is_set():
-            self.doubt(_ALL)
-        self.live.set()
-        self._news.set()
+        if payload.message == SUBSCRIBED:
+            if self._is_live:
+                self.doubt(_ALL)
+            self._is_live = True
+            self._settled.set()
 
     def on_status(self, status: RealtimeSubscribeStates, error: Exception | None) -> None:
         """Any status but SUBSCRIBED is the end of this link."""
         if status is not RealtimeSubscribeStates.SUBSCRIBED:
-            self.failure = f"Supabase Realtime: {status.value}" + (f": {error}" if error else "")
+            self._failure = f"Supabase Realtime: {status.value}" + (f": {error}" if error else "")
+            self._settled.set()
             self._news.set()
 
     def on_heartbeat_reply(self, ref: str | None) -> None:
-        """The client's own heartbeats have no ref and prove nothing of a time."""
-        if self._asked is not None and ref == self._asked[0]:
-            self._answered = self._asked[:2]
+        """Replies to the client's own heartbeats have no ref: nobody knows when those were sent."""
+        if self._heartbeat is not None and ref == self._heartbeat.ref:
+            self._heartbeat.is_answered = True
+            self._proven_until = self._heartbeat.sent_at - POLL_SECONDS
 
     def doubt(self, table: str) -> None:
         """Changes of this table, or of all, may have been missed."""
@@ -246,19 +255,18 @@ class _Link:
         self._news.set()
 
     async def wait(self, timeout: float) -> None:
-        """Wait for anything to look at, at most `timeout` seconds."""
+        """Wait for something to take, at most `timeout` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._news.wait()
-        self._news.clear()
 
     def take(self) -> tuple[list[tuple[str, Mapping[str, Any]]], set[str], float | None]:
-        """All changes received, all doubts, and until when nothing can be missing that is not among them."""
-        payloads, doubts = list(self._waiting), self._doubts
+        """All changes received, all doubts, and until when nothing is missing beside them (None: nothing new)."""
+        taken = list(self._waiting), self._doubts, self._proven_until
         self._waiting.clear()
-        self._doubts = set()
-        proven = self._answered is not None and self.failure is None
-        return payloads, doubts, self._answered[1] - POLL_SECONDS if proven and self._answered else None
+        self._doubts, self._proven_until = set(), None
+        self._news.clear()
+        return taken
 
     async def supervise(self) -> None:
         """Ask for a sign of life when it is time.
@@ -266,23 +274,20 @@ class _Link:
         Raises:
             SourceError: the link has failed, or has been silent for too long.
         """
-        assert self._client is not None, "subscribed first"
-        if self.failure is not None:
-            raise SourceError(self.failure)
+        if self._failure is not None:
+            raise SourceError(self._failure)
         now = time.monotonic()
-        if self._asked is not None:
-            ref, _, asked = self._asked
-            if self._answered is None or self._answered[0] != ref:
-                if now - asked > SILENCE_SECONDS:
-                    raise SourceError(f"Supabase Realtime left a heartbeat unanswered for {SILENCE_SECONDS:.0f} s")
+        if self._heartbeat is not None:
+            age = now - self._heartbeat.sent
+            if age > SILENCE_SECONDS and not self._heartbeat.is_answered:
+                raise SourceError(f"Supabase Realtime left a heartbeat unanswered for {SILENCE_SECONDS:.0f} s")
+            if age < HEARTBEAT_SECONDS or not self._heartbeat.is_answered:
                 return
-            if now - asked < HEARTBEAT_SECONDS:
-                return
-        if not self._client.is_connected:  # the client would put by what it cannot send, without limit
+        if not self._client.is_connected:  # what it cannot send, the client would put by without limit
             raise SourceError("Supabase Realtime: disconnected")
-        ref = f"bridge-{now}"
-        self._asked = ref, time.time(), now
-        await self._client.send(Message(topic="phoenix", event=ChannelEvents.heartbeat, payload={}, ref=ref))
+        self._heartbeat = _Heartbeat(f"bridge-{now}", now, time.time())
+        event = ChannelEvents.heartbeat
+        await self._client.send(Message(topic=_PHOENIX, event=event, payload={}, ref=self._heartbeat.ref))
 
 
 class _HeartbeatChannel(AsyncRealtimeChannel):
@@ -293,7 +298,7 @@ class _HeartbeatChannel(AsyncRealtimeChannel):
     """
 
     def __init__(self, client: AsyncRealtimeClient, heard: Callable[[str | None], None]) -> None:
-        super().__init__(client, "phoenix")
+        super().__init__(client, _PHOENIX)
         self._heard = heard
 
     def _handle_message(self, message: ServerMessage) -> None:
@@ -321,7 +326,7 @@ class _UnreadableFrames(logging.Filter):
 
 
 @contextmanager
-def _watching_unreadable_frames(link: _Link) -> Any:
+def _watching_unreadable_frames(link: _Link) -> Iterator[None]:
     client_logger = logging.getLogger(AsyncRealtimeClient.__module__)
     watch = _UnreadableFrames(link.doubt)
     client_logger.addFilter(watch)
@@ -339,26 +344,24 @@ async def _linked(url: str, key: str, tables: Sequence[str]) -> AsyncIterator[_L
         ConfigurationError: address or key can never work.
         SourceError: it does not work now.
     """
-    options = AsyncClientOptions(
-        auto_refresh_token=False, persist_session=False, realtime={"auto_reconnect": False, "hb_interval": 25}
-    )
+    options = AsyncClientOptions(auto_refresh_token=False, persist_session=False, realtime={"auto_reconnect": False})
     try:
         client = await acreate_client(url, key, options)
     except SupabaseException as error:
         raise ConfigurationError(f"SUPABASE_URL, SUPABASE_KEY: {error}") from error
-    link = _Link(tables)
+    link = _Link(client.realtime, tables)
     try:
         with _watching_unreadable_frames(link):
-            await _subscribe(link, client.realtime)
+            await _subscribe(link)
             yield link
     finally:
         await _close(client.realtime)
         await client.auth.close()
 
 
-async def _subscribe(link: _Link, client: AsyncRealtimeClient) -> None:
+async def _subscribe(link: _Link) -> None:
     try:
-        await link.subscribe(client)
+        await link.subscribe()
     except InvalidStatus as error:
         if error.response.status_code in (401, 403):
             raise ConfigurationError("SUPABASE_KEY: the project refuses this key") from error
@@ -484,13 +487,13 @@ def _json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-_MOMENT: Final = re.compile(r"(\d{4,}-\d\d-\d\d)T(\d\d:\d\d:\d\d(?:\.\d+)?)(?:([+-]\d\d)(?::00)?((?::\d\d)*))?( BC)?")
+_MOMENT: Final = re.compile(r"(\d{4,}-\d\d-\d\d)T([\d:.]+)(?:([+-]\d\d):00)?( BC)?")
 
 
 def _moment_text(value: str) -> str:
     """`2026-01-01T00:00:00+00:00` as `2026-01-01 00:00:00+00`; `infinity` as it is."""
     match = _MOMENT.fullmatch(value)
-    return f"{match[1]} {match[2]}{match[3] or ''}{match[4] or ''}{match[5] or ''}" if match else value
+    return f"{match[1]} {match[2]}{match[3] or ''}{match[4] or ''}" if match else value
 
 
 _TEXTS: Final[Mapping[str, Callable[[str], str]]] = {
@@ -523,17 +526,19 @@ def _float_text(value: float) -> str:
     return format(Decimal(repr(value)).normalize(), "f")
 
 
-_BARE: Final = re.compile(r'(?!null\Z)[^{}",\\\s]+', re.IGNORECASE)
+_BARE: Final = re.compile(r'(?!null\Z)[^{}",;\\\s]+', re.IGNORECASE)
 
 
 def _array_text(type_: str, values: list[Any]) -> str:
-    return "{" + ",".join(_element_text(type_, value) for value in values) + "}"
+    delimiter = ";" if type_ == "box" else ","
+    return "{" + delimiter.join(_element_text(type_, value) for value in values) + "}"
 
 
 def _element_text(type_: str, value: Any) -> str:
     if isinstance(value, list) and type_ not in ("json", "jsonb"):
         return _array_text(type_, value)
-    text = to_text(type_, value)
+    # Within an array, bytea keeps its prefix: Supabase takes it off whole values only.
+    text = value if type_ == "bytea" else to_text(type_, value)
     if text is None:
         return "NULL"
     if _BARE.fullmatch(text):

@@ -11,9 +11,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from realtime_bridge.errors import MessageTooLargeError
@@ -38,33 +38,106 @@ class AsgiSink:
     def __init__(self, websocket: WebSocket, *, send_buffer_bytes: int) -> None:
         self.full = False
         self._websocket = websocket
-        self._limit = send_buffer_bytes
+        self._high, self._low = send_buffer_bytes, send_buffer_bytes // 4
+        self._receiver: Receiver | None = None
         self._waiting: deque[bytes] = deque()
-        self._owed = 0  # bytes that the server has not taken, the message in its hands included
-        self._something = asyncio.Event()
+        self._owed = 0  # bytes the server has not taken over, the message it is just being given included
+        self._wake = asyncio.Event()
         self._close: tuple[int, str] | None = None
-        self._open = True
         self._deadline = asyncio.timeout(None)
+        self._open = True  # neither closed nor lost
+        self._ended = False
 
     async def serve(self, make_receiver: Callable[[Sink], Receiver]) -> None:
-        """Carry messages both ways until the connection is over, however it ends; cancelling ends it too."""
-        receiver = make_receiver(self)
+        """Carry messages both ways until the connection is over. Cancelling it ends the connection."""
         try:
-            with suppress(TimeoutError):
-                async with self._deadline, asyncio.TaskGroup() as tasks:
-                    writer = tasks.create_task(self._send_all(receiver), name="websocket writer")
-                    await self._receive_all(receiver)
-                    writer.cancel()
-        finally:
-            self._open = False
-            receiver.lost()
+            async with self._deadline:
+                self._receiver = receiver = make_receiver(self)
+                try:
+                    await self._carry(receiver)
+                finally:
+                    self._open, self._ended = False, True
+                    receiver.lost()
+        except TimeoutError:
+            if not self._deadline.expired():
+                raise
 
     # Sink
 
     def write(self, messages: Sequence[bytes]) -> None:
-        if not self._open:
-            return
-        self._waiting.extend(messages)
-        self._owed += sum(map(len, messages))
-        self.full = self._owed > self._limit
-        self._something.set()
+        if self._open:
+            self._waiting.extend(messages)
+            self._owed += sum(map(len, messages))
+            self.full = self._owed > self._high
+            self._wake.set()
+
+    def ping(self) -> None:
+        """Answer at once: ASGI knows no pings, and it is the server's own that find a dead peer."""
+        asyncio.get_running_loop().call_soon(self._pretend_pong)
+
+    def close(self, code: int, reason: str = "") -> None:
+        if self._open:
+            self._open = False
+            self._close = code, clip_reason(reason)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + CLOSE_SECONDS)
+            self._wake.set()
+
+    def abort(self) -> None:
+        self._open = False
+        if not self._ended and not self._deadline.expired():
+            self._ended = True
+            self._waiting.clear()
+            self._deadline.reschedule(0)
+
+    # inside
+
+    async def _carry(self, receiver: Receiver) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            writer = tasks.create_task(self._send_all(receiver), name="websocket writer")
+            while (message := await self._websocket.receive())["type"] != "websocket.disconnect":
+                if self._open:
+                    self._take(message, receiver)
+            writer.cancel()
+
+    async def _send_all(self, receiver: Receiver) -> None:
+        """Send what is waiting, whenever something is, and at last the close."""
+        while self._close is None or self._waiting:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                message = self._waiting.popleft()
+                await self._send({"type": "websocket.send", "text": message.decode()})
+                self._pay(len(message), receiver)
+        code, reason = self._close
+        await self._send({"type": "websocket.close", "code": code, "reason": reason})
+
+    async def _send(self, message: Message) -> None:
+        try:
+            await self._websocket.send(message)
+        except (OSError, WebSocketDisconnect, RuntimeError):  # the last when the server has begun to close by itself
+            self.abort()
+
+    def _pay(self, size: int, receiver: Receiver) -> None:
+        self._owed -= size
+        if self.full and self._owed <= self._low:
+            self.full = False
+            if self._open:
+                receiver.room()
+
+    def _take(self, message: Message, receiver: Receiver) -> None:
+        receiver.alive()
+        text = message.get("text")
+        if text is None:
+            self._refuse(4400, "binary messages are not understood")
+        elif len(text) > MESSAGE_BYTES or len(text.encode()) > MESSAGE_BYTES:
+            self._refuse(4000 + MessageTooLargeError.status_code, f"message over {MESSAGE_BYTES} bytes")
+        else:
+            receiver.received(text)
+
+    def _refuse(self, code: int, reason: str) -> None:
+        logger.info("client refused", extra={"close_code": code, "reason": reason})
+        self.close(code, reason)
+
+    def _pretend_pong(self) -> None:
+        if self._open and self._receiver is not None:
+            self._receiver.alive()

@@ -2,7 +2,7 @@
 
 Version 1.0.0 writes a frame as a JSON object, 2.0.0 as `[join_ref, ref, topic, event, payload]`; what is said is the
 same. Official clients are particular: `ref` must be there in 1.0.0 even when null, a payload must be an object, a
-binding's id an integer that is not zero, and a frame with a `join_ref` that is not the channel's present one is dropped.
+binding's id an integer that is not zero, and a frame with a `join_ref` other than the channel's is dropped.
 
 Layer: pure. May import: change, errors, values.
 Sources: Phoenix.Socket.V1/V2.JSONSerializer (phoenixframework/phoenix); RealtimeChannel and MessageDispatcher
@@ -11,7 +11,7 @@ Sources: Phoenix.Socket.V1/V2.JSONSerializer (phoenixframework/phoenix); Realtim
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
@@ -77,20 +77,12 @@ def decode(vsn: Vsn, data: str | bytes) -> Frame:
             join_ref = message.get("join_ref")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise BadRequestError("not a frame of this protocol version") from None
-    frame = Frame(topic, event, payload, ref, join_ref)
-    if not _is_well_typed(frame):
-        raise BadRequestError("a frame has a text topic and event, an object payload, text or null refs")
-    return frame
-
-
-def _is_well_typed(frame: Frame) -> bool:
-    return (
-        isinstance(frame.topic, str)
-        and isinstance(frame.event, str)
-        and isinstance(frame.payload, dict)
-        and isinstance(frame.ref, str | None)
-        and isinstance(frame.join_ref, str | None)
-    )
+    is_addressed = isinstance(topic, str) and isinstance(event, str)
+    if not is_addressed or not all(isinstance(name, str | None) for name in (ref, join_ref)):
+        raise BadRequestError("a frame's topic and event are texts, its refs texts or null")
+    if not isinstance(payload, dict):
+        raise BadRequestError("a frame's payload is an object")
+    return Frame(topic, event, payload, ref, join_ref)
 
 
 def encode(vsn: Vsn, frame: Frame) -> bytes:
@@ -173,6 +165,7 @@ def change_data(
     An UPDATE whose source brought no old row has an unchanged key, which is then its `old_record`.
 
     Args:
+        change: what happened.
         commit_timestamp: UTC with milliseconds: `2026-01-02T03:04:05.678Z`.
         columns: the columns to show, in any order; None for all.
         old: the columns to show of the old row, None for the same as `columns`.

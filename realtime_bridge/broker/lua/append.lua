@@ -6,7 +6,8 @@
 local MOST_TRIMMED = 20000
 local state = load_state()
 local token, nonce, watermark, proven = ARGV[2], ARGV[6], ARGV[7], ARGV[8]
-local most, most_bytes, most_time, most_notified = unpack(ARGV, 9, 12)
+local most, most_bytes, most_time, most_notified =
+  tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local versions, relations, count = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
 local first_relation = 16 + versions
 local first_body = first_relation + 2 * relations
@@ -42,7 +43,7 @@ end
 -- rise, so the first to keep is found by doubling steps, then by halving. What was just appended always stays.
 local function must_go(number)
   local fields = fields_of(number)
-  return state.bytes - fields[8] > tonumber(most_bytes) or fields[6] < state.time - most_time
+  return state.bytes - tonumber(fields[8]) > most_bytes or tonumber(fields[6]) < state.time - most_time
 end
 local first = first_number(state)
 local newest = math.min(start - 1, first + MOST_TRIMMED)
@@ -72,7 +73,7 @@ if watermark ~= '' then state.watermark = watermark end
 if proven ~= '' and tonumber(proven) > tonumber(state.proven) then state.proven = proven end
 redis.call('HSET', STATE, 'number', text(state.number), 'id', state.id, 'bytes', text(state.bytes),
   'time', text(state.time), 'nonce', nonce, 'watermark', state.watermark, 'proven', state.proven)
-if state.bytes - before <= tonumber(most_notified) then
+if state.bytes - before <= most_notified then
   notify(state, start, count, previous, nonce, lengths, table.concat(ARGV, '', first_body, first_body + count - 1))
 else
   notify(state, start, count, previous, nonce, {}, '')

@@ -1,0 +1,204 @@
+"""Broker kept in the memory of one process: no service to run, and nothing survives the process.
+
+Layer: adapters. May import: change, errors, broker.base.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, Literal, NoReturn, Self
+
+from realtime_bridge.broker.base import Head, Update
+from realtime_bridge.change import Body, Entry, Position, encode_body
+from realtime_bridge.errors import HistoryGoneError, LeaseLostError
+
+QUIET_SECONDS: Final = 1.0
+READ_ENTRIES: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    entry: Entry
+    time: float
+
+
+class MemoryBroker:
+    """Broker of one process. An instance belongs to one event loop.
+
+    Args:
+        history_size: entries kept.
+        history_bytes: bytes of encoded bodies kept.
+        history_seconds: age of the oldest entry kept. Trimmed by appends, empty ones too.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        *,
+        history_size: int,
+        history_bytes: int,
+        history_seconds: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._size = history_size
+        self._most_bytes = history_bytes
+        self._seconds = history_seconds
+        self._clock = clock
+        self._epoch = secrets.token_hex(4)
+        self._held: dict[int, _Held] = {}
+        self._bytes = 0
+        self._number = 0
+        self._id = ""
+        self._time = 0.0
+        self._watermark = ""
+        self._proven_until = 0.0
+        self._token = ""
+        self._counter = 0
+        self._lease_ends = 0.0
+        self._appended = asyncio.Event()
+        self._lease_changed = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        pass
+
+    # -- lease -------------------------------------------------------------------------------------------------------
+
+    async def acquire_lease(self, *, ttl: float) -> str:
+        """See `Broker.acquire_lease`."""
+        while (remaining := self._lease_ends - time.monotonic()) > 0:
+            await _wait(self._lease_changed, remaining)
+        self._counter += 1
+        self._token = f"{self._epoch}.{self._counter}.{secrets.token_hex(8)}"
+        self._lease_ends = time.monotonic() + ttl
+        return self._token
+
+    async def keep_lease(self, token: str, *, ttl: float) -> NoReturn:
+        """See `Broker.keep_lease`."""
+        while True:
+            if token != self._token or time.monotonic() >= self._lease_ends:
+                raise LeaseLostError("another leads, or the lease has run out")
+            self._lease_ends = time.monotonic() + ttl
+            await asyncio.sleep(ttl / 3)
+
+    async def release_lease(self, token: str) -> None:
+        """See `Broker.release_lease`."""
+        if token == self._token:
+            self._token = ""
+            self._lease_ends = 0.0
+            self._lease_changed = _wake(self._lease_changed)
+
+    # -- history -----------------------------------------------------------------------------------------------------
+
+    async def append(
+        self,
+        token: str,
+        bodies: Sequence[Body],
+        *,
+        watermark: str = "",
+        proven_until: float | None = None,
+    ) -> Head:
+        """See `Broker.append`."""
+        assert len(bodies) <= 1000
+        if token != self._token:
+            raise LeaseLostError("another leads")
+        self._time = max(self._time, self._clock())
+        nonce = secrets.token_hex(6)
+        for ordinal, body in enumerate(bodies):
+            entry = Entry(self._number + 1, f"{nonce}.{ordinal}", self._id, body, len(encode_body(body)))
+            self._held[entry.number] = _Held(entry, self._time)
+            self._bytes += entry.size
+            self._number, self._id = entry.number, entry.id
+        self._trim(keep=len(bodies))
+        self._watermark = watermark or self._watermark
+        self._proven_until = max(self._proven_until, proven_until or 0.0)
+        self._appended = _wake(self._appended)
+        return self._head()
+
+    def _trim(self, keep: int) -> None:
+        oldest_time = self._time - self._seconds
+        while len(self._held) > keep:
+            oldest = self._held[self._first]
+            if len(self._held) <= self._size and self._bytes <= self._most_bytes and oldest.time >= oldest_time:
+                return
+            self._bytes -= oldest.entry.size
+            del self._held[self._first]
+
+    @property
+    def _first(self) -> int:
+        return self._number - len(self._held) + 1
+
+    async def watermark(self) -> str | None:
+        """See `Broker.watermark`."""
+        return self._watermark or None
+
+    async def head(self) -> Head:
+        """See `Broker.head`."""
+        return self._head()
+
+    def _head(self) -> Head:
+        return Head(self._epoch, self._number, self._id, self._first, self._proven_until)
+
+    async def locate(self, position: Position) -> int:
+        """See `Broker.locate`."""
+        if position.epoch != self._epoch:
+            raise HistoryGoneError("the position is of an unknown epoch")
+        if position.number > self._number:
+            raise HistoryGoneError("the position is beyond the end of the history")
+        if position.number < self._first - 1:
+            raise HistoryGoneError("what follows the position is trimmed")
+        return position.number
+
+    async def read(self, after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
+        """See `Broker.read`."""
+        if after < self._first - 1:
+            raise HistoryGoneError(f"entry {after + 1} is trimmed")
+        entries: list[Entry] = []
+        for number in range(after + 1, min(after + limit, self._number) + 1):
+            entry = self._held[number].entry
+            max_bytes -= entry.size
+            if max_bytes < 0 and entries:
+                break
+            entries.append(entry)
+        return entries
+
+    @asynccontextmanager
+    async def follow(self) -> AsyncGenerator[AsyncIterator[Update], None]:
+        """See `Broker.follow`."""
+        async with aclosing(self._updates(self._number)) as updates:
+            yield updates
+
+    async def _updates(self, number: int) -> AsyncGenerator[Update, None]:
+        proven_until = self._proven_until
+        yield Update("entries", self._epoch, number, (), proven_until)
+        while True:
+            appended = self._appended
+            if number == self._number:
+                await _wait(appended, QUIET_SECONDS)
+            kind: Literal["entries", "lost"] = "entries"
+            entries: list[Entry] = []
+            try:
+                entries = await self.read(number, limit=READ_ENTRIES)
+                number += len(entries)
+            except HistoryGoneError:
+                kind, number = "lost", self._number
+            if number == self._number:  # what is proven of the end is told only there
+                proven_until = self._proven_until
+            yield Update(kind, self._epoch, number, tuple(entries), proven_until)
+
+
+async def _wait(event: asyncio.Event, timeout: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            await event.wait()
+
+
+def _wake(event: asyncio.Event) -> asyncio.Event:
+    """Wake all who wait, and return the event that they may wait for next."""
+    event.set()
+    return asyncio.Event()

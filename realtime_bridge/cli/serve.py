@@ -1,0 +1,85 @@
+"""`realtime-bridge serve`: the bridge under uvicorn, with the fast path and an orderly stop."""
+
+import asyncio
+import logging
+from typing import Annotated
+
+import typer
+from uvicorn import Config
+
+from realtime_bridge import logs
+from realtime_bridge.bridge import make_policy, make_source
+from realtime_bridge.database import Database
+from realtime_bridge.errors import ConfigurationError, UnavailableError
+from realtime_bridge.server import BridgeServer, run_workers
+from realtime_bridge.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system pick.", min=0, max=65535)] = 8000,
+    workers: Annotated[int, typer.Option(help="Processes; more than one needs REDIS_URL.", min=1, max=64)] = 1,
+) -> None:
+    """Serve /ws, /events and the rest, with settings from the environment or .env."""
+    logs.configure()
+    settings = Settings.load()
+    if workers > 1 and settings.redis_url is None:
+        raise ConfigurationError(
+            "REDIS_URL is missing: without it the history is in the memory of one process, so --workers must be 1."
+        )
+    asyncio.run(preflight(settings))
+    config = server_config(settings, host=host, port=port, workers=workers)
+    if workers > 1:
+        run_workers(config)
+    else:
+        BridgeServer(config, started=lambda port: _listening(host, port)).run()
+
+
+def _listening(host: str, port: int) -> None:
+    logger.info("listening", extra={"url": f"http://{host}:{port}", "port": port})
+
+
+def server_config(settings: Settings, *, host: str, port: int, workers: int = 1) -> Config:
+    """How uvicorn runs the bridge: our protocol class, no compression (its memory), time to drain."""
+    return Config(
+        "realtime_bridge.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        http="httptools",
+        ws="realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol",
+        ws_per_message_deflate=False,
+        ws_max_size=65_536,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=4096,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+
+
+async def preflight(settings: Settings) -> None:
+    """Find out before the start what can never work, so that it is one sentence and not a traceback.
+
+    Raises:
+        ConfigurationError: naming the variable or the SQL that mends it.
+        UnavailableError: the database cannot be reached now.
+    """
+    if settings.database_url is not None:
+        async with Database(settings.database_url.get_secret_value()) as database:
+            await make_policy(settings, database).load()
+            await _check_source(settings, database)
+    else:
+        await make_policy(settings, None).load()
+        await _check_source(settings, None)
+
+
+async def _check_source(settings: Settings, database: Database | None) -> None:
+    try:
+        await make_source(settings, database).check()
+    except UnavailableError:
+        return  # it may come; /readyz tells until then

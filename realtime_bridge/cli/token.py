@@ -1,0 +1,44 @@
+"""`realtime-bridge token`: a token for trying things out."""
+
+import time
+from typing import Annotated
+
+import jwt
+import orjson
+import typer
+
+from realtime_bridge.errors import ConfigurationError
+from realtime_bridge.settings import Settings
+
+
+def token(
+    sub: Annotated[str, typer.Option(help="The user's id.")],
+    role: Annotated[str, typer.Option(help="The Postgres role.")] = "authenticated",
+    ttl: Annotated[float, typer.Option(help="Seconds until it ends.", min=1)] = 3600,
+    claim: Annotated[list[str] | None, typer.Option(help="A further claim, `name=JSON` or `name=text`.")] = None,
+) -> None:
+    """Print a token signed with SUPABASE_JWT_SECRET."""
+    settings = Settings.load(whole=False)
+    if settings.supabase_jwt_secret is None:
+        raise ConfigurationError("SUPABASE_JWT_SECRET is missing: nothing to sign with.")
+    claims = dict(_parse(text) for text in claim or ())
+    print(make_token(settings.supabase_jwt_secret.get_secret_value(), sub, role=role, ttl=ttl, **claims))
+
+
+def make_token(secret: str, sub: str | None, *, role: str, ttl: float, **claims: object) -> str:
+    """An HS256 token as Supabase issues them."""
+    now = int(time.time())
+    audience = {} if role == "anon" else {"aud": "authenticated"}
+    subject = {} if sub is None else {"sub": sub}
+    payload = {**audience, **subject, "role": role, "iat": now, "exp": now + int(ttl), **claims}
+    return jwt.encode(payload, secret, algorithm="HS256")
+
+
+def _parse(text: str) -> tuple[str, object]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--claim")
+    try:
+        return name, orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return name, value

@@ -1,0 +1,435 @@
+"""What the `postgres` source asks and tells the primary over an ordinary connection.
+
+Layer: adapters. May import: words, sources.replication, sources.transactions.
+Sources: PostgreSQL documentation, "System Catalogs", "System Information Functions"; GetXLogInsertRecPtr and
+XLogBytePosToRecPtr in src/backend/access/transam/xlog.c.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import asyncpg
+
+from realtime_bridge.change import Column, Relation
+from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.pgoutput import RelationMessage
+from realtime_bridge.sources.replication import CONNECT_SECONDS, reason_of
+from realtime_bridge.sources.transactions import Described, lsn_text
+
+QUERY_SECONDS: Final = 10
+_SLOT_SECONDS: Final = 30
+_APPLICATION: Final = "realtime_bridge source"
+_PAGE_HEADER: Final = 24
+_SEGMENT_HEADER: Final = 40
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+
+class Snapshot(NamedTuple):
+    """Which transactions are visible: `pg_current_snapshot()`."""
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    def shows(self, xid: int) -> bool:
+        """Whether a committed transaction is visible. `xid` has 32 bits; the nearest 64-bit one is meant."""
+        distance = (xid - self.xmax) & 0xFFFFFFFF
+        full = self.xmax + (distance if distance < 1 << 31 else distance - (1 << 32))
+        return full < self.xmin or (full < self.xmax and full not in self.running)
+
+    @classmethod
+    def parse(cls, text: str) -> "Snapshot":
+        """Read `xmin:xmax:xid,xid,…`."""
+        xmin, xmax, running = text.split(":")
+        return cls(int(xmin), int(xmax), frozenset(map(int, running.split(","))) if running else frozenset())
+
+
+class Moment(NamedTuple):
+    """The primary at one moment.
+
+    Attributes:
+        time: seconds since 1970, by the primary's clock, read before everything else.
+        written: the LSN where the WAL written by then ends. A stream that has reached it has all that was committed.
+        snapshot: what is visible, read last.
+    """
+
+    time: float
+    written: int
+    snapshot: Snapshot
+
+
+class SlotState(NamedTuple):
+    """A slot as the source finds it; `holder` is the application that reads it."""
+
+    plugin: str | None
+    database: str | None
+    temporary: bool
+    lost: bool
+    confirmed: int
+    active_pid: int | None
+    holder: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStatus:
+    """How a replication slot stands, for people and metrics.
+
+    Attributes:
+        wal_status: as in pg_replication_slots: reserved, extended, unreserved, lost; None if there is no slot.
+        lag_bytes: WAL that Postgres keeps because of the slot.
+    """
+
+    exists: bool
+    active: bool
+    wal_status: str | None
+    lag_bytes: int
+
+
+@asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator["Primary"]:
+    """An ordinary connection to the primary; whatever goes wrong on it inside the block is a `SourceError`.
+
+    Raises:
+        SourceError: it cannot be reached, refuses, or is lost.
+        ConfigurationError: the address is not one.
+    """
+    try:
+        connection = await asyncpg.connect(
+            dsn,
+            timeout=CONNECT_SECONDS,
+            command_timeout=QUERY_SECONDS,
+            statement_cache_size=0,
+            server_settings={"application_name": _APPLICATION, "synchronous_commit": "local"},
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"DATABASE_URL: {error}") from None
+    except OSError as error:  # asyncio's TimeoutError is one
+        raise SourceError(
+            f"Postgres cannot be reached ({reason_of(error)}). Is DATABASE_URL right? Direct Supabase hosts "
+            "(db.<project>.supabase.co) are often IPv6 only: then use a host with IPv6 or the IPv4 add-on."
+        ) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise SourceError(f"Postgres refuses the connection: {reason_of(error)}") from error
+    try:
+        primary = Primary(connection)
+        await primary.prepare()
+        yield primary
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise SourceError(f"Postgres could not be asked: {reason_of(error)}") from error
+    finally:
+        connection.terminate()
+
+
+class Primary:
+    """The questions and commands. Errors of asyncpg pass through; the block of `connected` translates them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._block = 8192
+        self._segment = 16 << 20
+
+    async def prepare(self) -> None:
+        """Make sure that the server can be a source at all.
+
+        Raises:
+            SourceError: it is a standby.
+            ConfigurationError: it has no logical replication.
+        """
+        row = await self._connection.fetchrow(_SERVER)
+        assert row is not None
+        if row["standby"]:
+            raise SourceError("this Postgres is a standby; DATABASE_URL has to lead to the primary")
+        if row["wal_level"] != "logical":
+            raise ConfigurationError(
+                f"DATABASE_URL: the server's wal_level is {row['wal_level']}; run "
+                "`ALTER SYSTEM SET wal_level = logical` and restart Postgres"
+            )
+        self._block, self._segment = row["block"], row["segment"]
+        self._moment = await self._connection.prepare(_MOMENT)
+
+    async def may_replicate(self) -> bool:
+        """Whether the role has the attribute that replication asks for."""
+        return bool(await self._connection.fetchval(_MAY_REPLICATE))
+
+    async def role(self) -> str:
+        """The role of the connection."""
+        return str(await self._connection.fetchval("SELECT current_user"))
+
+    async def moment(self) -> Moment:
+        """Read clock, WAL and snapshot, in this order."""
+        row = await self._moment.fetchrow()
+        assert row is not None
+        return Moment(row[0], end_of_record(row[1], self._block, self._segment), Snapshot.parse(row[2]))
+
+    async def flush(self, written: int) -> None:
+        """Have WAL written to disk that nobody waits for: the walsender sends only what is on disk.
+
+        An open transaction's first rows can stay in memory for 15 s; a committed message takes them along.
+        """
+        await self._connection.execute(_FLUSH.format(lsn=lsn_text(written)))
+
+    async def is_synchronous_standby(self, pid: int) -> bool:
+        """Whether commits may be waiting for this very walsender."""
+        return bool(await self._connection.fetchval(_IS_SYNCHRONOUS, pid))
+
+    async def describe(self, message: RelationMessage) -> Described:
+        """Complete a table's description by what the catalog says now."""
+        type_ids = [column.type_id for column in message.columns]
+        types = dict(await self._connection.fetch(_TYPES, type_ids))
+        columns = tuple(Column(c.name, types.get(c.type_id, "text")) for c in message.columns)
+        catalog = await self._connection.fetchrow(_TABLE, message.id)
+        identity = frozenset(column.name for column in message.columns if column.identity)
+        if message.identity == "d":  # then the identity is the primary key, as it was when the row was written
+            names = identity
+        else:
+            names = frozenset(catalog["key"] if catalog else ())
+        key = tuple(i for i, column in enumerate(columns) if column.name in names)
+        if len(key) < len(names):
+            key = ()  # a part of it is not published
+        full = message.identity == "f" and (catalog is None or catalog["leaves_full"])
+        relation = Relation(message.schema, message.table, columns, key, full)
+        return Described(message, relation, full or (bool(key) and names <= identity))
+
+    async def slot(self, name: str) -> SlotState | None:
+        """The slot as it stands, or None."""
+        row = await self._connection.fetchrow(_SLOT, name)
+        return None if row is None else SlotState(**dict(row))
+
+    async def create_slot(self, name: str) -> None:
+        """Make the permanent slot. Postgres waits for the transactions that are writing now.
+
+        Raises:
+            SourceError: it could not be made.
+        """
+        command = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')"
+        try:
+            await self._connection.fetchval(command, name, timeout=_SLOT_SECONDS)
+        except TimeoutError as error:
+            raise SourceError(
+                f"the replication slot {name} could not be made within {_SLOT_SECONDS} s: Postgres waits for running "
+                "transactions to end (SELECT * FROM pg_stat_activity WHERE backend_xid IS NOT NULL)"
+            ) from error
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise ConfigurationError(await self.without_privilege()) from error
+        except asyncpg.PostgresError as error:
+            raise SourceError(f"the replication slot {name} could not be made: {reason_of(error)}") from error
+
+    async def without_privilege(self) -> str:
+        """What to do about a role that may not replicate."""
+        role = await self.role()
+        return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
+
+    async def drop_slot(self, name: str) -> None:
+        """Drop the slot."""
+        await self._connection.execute("SELECT pg_drop_replication_slot($1)", name)
+
+    async def terminate(self, pid: int) -> None:
+        """End a former reader's walsender.
+
+        Raises:
+            SourceError: this role may not do it.
+        """
+        try:
+            await self._connection.execute("SELECT pg_terminate_backend($1)", pid)
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise SourceError(
+                f"the former reader of the slot (pid {pid}) belongs to another role and cannot be ended; "
+                f"run `SELECT pg_terminate_backend({pid})` as that role"
+            ) from error
+
+    async def publication_repairs(self, publication: str, tables: Sequence[str]) -> list[str]:
+        """The statements that make the publication carry every change of the tables; none if it does already.
+
+        Raises:
+            ConfigurationError: a table does not exist, or cannot be published.
+        """
+        wanted = [table.partition(".") for table in tables]
+        schemas, names = [w[0] for w in wanted], [w[2] for w in wanted]
+        found = await self._connection.fetchrow(_PUBLICATION, publication)
+        states = await self._connection.fetch(_PUBLISHED, publication, schemas, names)
+        for state in states:
+            _refuse_unpublishable(state)
+        quoted = _identifier(publication)
+        missing = ", ".join(state["sql_name"] for state in states if not state["published"])
+        if found is None:
+            return [f"CREATE PUBLICATION {quoted} FOR TABLE {missing} WITH (publish_via_partition_root = true)"]
+        repairs = []
+        if not found["complete"]:
+            repairs.append(f"ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate')")
+        if not found["via_root"] and any(state["kind"] == "p" for state in states):
+            repairs.append(f"ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true)")
+        if missing:
+            repairs.append(f"ALTER PUBLICATION {quoted} ADD TABLE {missing}")
+        return repairs
+
+    async def execute(self, statement: str) -> None:
+        """Run one of the repairs."""
+        await self._connection.execute(statement)
+
+
+def end_of_record(insert_lsn: int, block: int, segment: int) -> int:
+    """Where the last record ends, given where the next one will start.
+
+    At the start of a page the two differ by the page's header, and no stream ever reports a place behind a header
+    while nothing follows it.
+    """
+    if insert_lsn % segment == _SEGMENT_HEADER:
+        return insert_lsn - _SEGMENT_HEADER
+    if insert_lsn % block == _PAGE_HEADER:
+        return insert_lsn - _PAGE_HEADER
+    return insert_lsn
+
+
+async def ensure_publication(dsn: str, publication: str, tables: Sequence[str]) -> list[str]:
+    """Make the publication, or add what it lacks; returns the statements that were run.
+
+    The source itself never does this: it is for those who may change the user's database.
+
+    Raises:
+        ConfigurationError: a table does not exist or cannot be published, or the role may not.
+        SourceError: Postgres cannot be asked.
+    """
+    async with connected(dsn) as primary:
+        repairs = await primary.publication_repairs(publication, tables)
+        for repair in repairs:
+            try:
+                await primary.execute(repair)
+            except asyncpg.PostgresError as error:
+                raise ConfigurationError(f"BRIDGE_PUBLICATION: `{repair}` failed: {reason_of(error)}") from error
+        left = await primary.publication_repairs(publication, tables)
+        if left:
+            raise ConfigurationError(
+                f"BRIDGE_PUBLICATION: {publication} still does not carry all of BRIDGE_TABLES; is one of them a "
+                f"partition of a published table? Name the partitioned table instead. Missing: {'; '.join(left)}"
+            )
+    return repairs
+
+
+async def slot_status(dsn: str, slot: str) -> SlotStatus:
+    """How the slot stands.
+
+    Raises:
+        SourceError: Postgres cannot be asked.
+    """
+    async with connected(dsn) as primary:
+        row = await primary.slot_row(slot)
+    return SlotStatus(False, False, None, 0) if row is None else SlotStatus(True, *row)
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _refuse_unpublishable(state: Any) -> None:
+    name = state["name"]
+    if state["kind"] is None:
+        raise ConfigurationError(f"BRIDGE_TABLES: there is no table {name}")
+    if state["kind"] not in ("r", "p"):
+        raise ConfigurationError(f"BRIDGE_TABLES: {name} is not a table, so Postgres publishes no changes of it")
+    if not state["published"] and not state["identified"]:
+        raise ConfigurationError(
+            f"BRIDGE_TABLES: {name} has no primary key, and once published its rows could not be updated; "
+            f"run `ALTER TABLE {state['sql_name']} REPLICA IDENTITY FULL`"
+        )
+
+
+_SERVER: Final = """
+    SELECT pg_is_in_recovery() AS standby, current_setting('wal_level') AS wal_level,
+           current_setting('wal_block_size')::int8 AS block,
+           pg_size_bytes(current_setting('wal_segment_size')) AS segment
+"""
+
+_MOMENT: Final = """
+    SELECT extract(epoch FROM clock.now)::float8,
+           (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::int8,
+           pg_current_snapshot()::text
+    FROM (SELECT clock_timestamp() AS now OFFSET 0) clock
+"""
+
+_FLUSH: Final = """
+    SELECT pg_logical_emit_message(true, 'realtime_bridge', '') WHERE pg_current_wal_flush_lsn() < '{lsn}'::pg_lsn
+"""
+
+_MAY_REPLICATE: Final = "SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user"
+
+_IS_SYNCHRONOUS: Final = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE pid = $1 AND sync_priority > 0)"
+
+# Domains, and arrays of domains, become what they are based on. What only shares its name with a built-in type, or
+# only looks like an array by its name, is text: values are encoded by that name.
+_TYPES: Final = """
+    WITH RECURSIVE step(asked, id) AS (
+        SELECT id, id FROM unnest($1::oid[]) AS id
+        UNION
+        SELECT step.asked, CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE base.typarray END
+        FROM step
+        JOIN pg_type t ON t.oid = step.id
+        LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A' AND element.typtype = 'd'
+        LEFT JOIN pg_type base ON base.oid = element.typbasetype
+        WHERE t.typtype = 'd' OR base.typarray <> 0
+    )
+    SELECT DISTINCT ON (step.asked) step.asked,
+        CASE WHEN t.typnamespace <> 'pg_catalog'::regnamespace AND (
+                EXISTS (SELECT FROM pg_type b
+                        WHERE b.typname = t.typname AND b.typnamespace = 'pg_catalog'::regnamespace)
+                OR (t.typname LIKE '\\_%' AND t.typcategory <> 'A'))
+             THEN 'text' ELSE t.typname::text END
+    FROM step
+    JOIN pg_type t ON t.oid = step.id
+    LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A' AND element.typtype = 'd'
+    LEFT JOIN pg_type base ON base.oid = element.typbasetype
+    WHERE t.typtype <> 'd' AND coalesce(base.typarray, 0) = 0
+"""
+
+# A partition keeps its own replica identity: unless all are FULL, an old row is not whole.
+_TABLE: Final = """
+    SELECT ARRAY(
+               SELECT a.attname::text FROM pg_index i
+               JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
+               WHERE i.indrelid = c.oid AND i.indisprimary
+           ) AS key,
+           c.relkind <> 'p' OR NOT EXISTS (
+               SELECT FROM pg_partition_tree(c.oid) leaf JOIN pg_class l ON l.oid = leaf.relid
+               WHERE leaf.isleaf AND l.relreplident <> 'f'
+           ) AS leaves_full
+    FROM pg_class c WHERE c.oid = $1
+"""
+
+_SLOT: Final = """
+    SELECT s.plugin::text, CASE WHEN s.database = current_database() THEN NULL ELSE s.database::text END AS database,
+           s.temporary, s.wal_status IS NOT DISTINCT FROM 'lost' AS lost,
+           coalesce((s.confirmed_flush_lsn - '0/0'::pg_lsn)::int8, 0) AS confirmed,
+           s.active_pid, a.application_name AS holder
+    FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
+    WHERE s.slot_name = $1
+"""
+
+_SLOT_STATUS: Final = """
+    SELECT active, wal_status, coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::int8
+    FROM pg_replication_slots WHERE slot_name = $1
+"""
+
+_PUBLICATION: Final = """
+    SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AS complete, pubviaroot AS via_root
+    FROM pg_publication WHERE pubname = $1
+"""
+
+_PUBLISHED: Final = """
+    SELECT wanted.schema || '.' || wanted.name AS name, format('%I.%I', wanted.schema, wanted.name) AS sql_name,
+           c.relkind::text AS kind,
+           EXISTS (
+               SELECT FROM pg_publication_tables p
+               WHERE p.pubname = $1 AND p.schemaname = wanted.schema AND p.tablename = wanted.name
+           ) OR EXISTS (
+               SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+               WHERE p.pubname = $1 AND r.prrelid = c.oid
+           ) AS published,
+           c.relreplident IN ('f', 'i') OR (c.relreplident = 'd' AND EXISTS (
+               SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary
+           )) AS identified
+    FROM unnest($2::text[], $3::text[]) AS wanted(schema, name)
+    LEFT JOIN (pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace)
+        ON n.nspname = wanted.schema AND c.relname = wanted.name
+"""

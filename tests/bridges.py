@@ -1,0 +1,114 @@
+"""Bridges as an operator runs them: `realtime-bridge serve` in processes of their own, killed by process id."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from tests.services import SECRET, eventually
+
+PUBLICATION = "bridge"
+
+
+def environment(database: str, **settings: str) -> dict[str, str]:
+    """The environment of a bridge: nothing of ours but what is given."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("BRIDGE_", "SUPABASE_", "DATABASE_", "REDIS_"))}
+    given = {"DATABASE_URL": database, "SUPABASE_JWT_SECRET": SECRET, "BRIDGE_PUBLICATION": PUBLICATION, **settings}
+    return {**kept, **given}
+
+
+class BridgeProcess:
+    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so."""
+
+    def __init__(self, database: str, *arguments: str, port: int = 0, **settings: str) -> None:
+        self._environment = environment(database, **settings)
+        self._arguments = arguments
+        self._folder = TemporaryDirectory(prefix="bridge-test-")
+        self._log = Path(self._folder.name, "log")
+        self.port = port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def socket_url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "realtime_bridge", "serve", "--port", str(self.port), *self._arguments]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder.name
+            )
+
+    async def ready(self, timeout: float = 30) -> None:
+        """Wait until it listens and says that it can do its job."""
+
+        async def is_ready() -> bool:
+            assert self._process.poll() is None, f"the bridge has ended:\n{self.log}"
+            found = re.findall(r'"port":"(\d+)"', self.log)
+            if not found:
+                return False
+            self.port = int(found[-1])
+            async with httpx.AsyncClient() as client:
+                try:
+                    return (await client.get(f"{self.url}/readyz")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+        try:
+            await eventually(is_ready, timeout)
+        except AssertionError as error:
+            raise AssertionError(f"not ready:\n{self.log}") from error
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def stop(self, timeout: float = 15) -> int:
+        """SIGTERM, and the exit status."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(5)
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        try:
+            await self.ready()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(5)
+        if kind is not None:
+            sys.stderr.write(f"--- log of the bridge on port {self.port} ---\n{self.log[-8000:]}\n")
+        self._folder.cleanup()
