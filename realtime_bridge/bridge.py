@@ -85,6 +85,12 @@ class Bridge:
         return make_router(self)
 
     @property
+    def database(self) -> Database:
+        """The primary, for routes that only exist where there is one."""
+        assert self.running.database is not None, "asked for only with DATABASE_URL"
+        return self.running.database
+
+    @property
     def running(self) -> Running:
         """The parts.
 
@@ -113,7 +119,7 @@ class Bridge:
             policy = make_policy(settings, database)
             await policy.load()
             source = make_source(settings, database)
-            broker = await stack.enter_async_context(make_broker(settings))
+            broker: Broker = await stack.enter_async_context(make_broker(settings))
             tasks = await stack.enter_async_context(_BackgroundTasks())
             self._running = running = self._assemble(broker, policy, source, database, tasks)
             stack.callback(self._stop)
@@ -280,14 +286,16 @@ def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
 
 def make_broker(settings: Settings) -> RedisBroker | MemoryBroker:
     """Where the history is kept with these settings."""
-    bounds = {
-        "history_size": settings.history_size,
-        "history_bytes": settings.history_bytes,
-        "history_seconds": settings.history_seconds,
-    }
+    size, bytes_, seconds = settings.history_size, settings.history_bytes, settings.history_seconds
     if settings.redis_url is None:
-        return MemoryBroker(**bounds)
-    return RedisBroker(settings.redis_url.get_secret_value(), namespace=settings.namespace, **bounds)
+        return MemoryBroker(history_size=size, history_bytes=bytes_, history_seconds=seconds)
+    return RedisBroker(
+        settings.redis_url.get_secret_value(),
+        namespace=settings.namespace,
+        history_size=size,
+        history_bytes=bytes_,
+        history_seconds=seconds,
+    )
 
 
 def make_source(settings: Settings, database: Database | None) -> Source:

@@ -155,13 +155,21 @@ class Database:
     @asynccontextmanager
     async def _begin(self, settings: tuple[str, ...], *, readonly: bool) -> AsyncIterator[Connection]:
         assert self._pool is not None, "the database is not entered"
+        cancelled: asyncio.CancelledError | None = None
         try:
-            async with AsyncExitStack() as stack:
-                connection = await stack.enter_async_context(self._pool.acquire(timeout=self._statement_timeout))
-                await stack.enter_async_context(connection.transaction(isolation="read_committed", readonly=readonly))
-                await _take_role(connection, settings)
-                yield connection
+            async with (
+                self._pool.acquire(timeout=self._statement_timeout) as connection,
+                connection.transaction(isolation="read_committed", readonly=readonly),
+            ):
+                try:
+                    await _take_role(connection, settings)
+                    yield connection
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                    raise
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
+            if cancelled is not None:  # and then the rollback met a dead connection
+                raise cancelled from error
             raise _translated(error) from error
 
     @property
@@ -249,10 +257,12 @@ async def _is_pooled(dsn: str) -> bool:
     async with AsyncExitStack() as stack:
         backends = []
         for _ in range(2):
-            connection = await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS, statement_cache_size=0)
+            connection = await asyncpg.connect(
+                dsn, timeout=_CONNECT_SECONDS, command_timeout=_CONNECT_SECONDS, statement_cache_size=0
+            )
             stack.push_async_callback(connection.close, timeout=_CONNECT_SECONDS)
             async with connection.transaction():
-                backend = await connection.fetchval("select pg_backend_pid()", timeout=_CONNECT_SECONDS)
+                backend = await connection.fetchval("select pg_backend_pid()")
             if backend != connection.get_server_pid():
                 return True
             backends.append(backend)
@@ -268,18 +278,16 @@ def _translated(error: Exception) -> BridgeError:
         return ForbiddenError("Postgres does not permit it to this role")
     if isinstance(error, asyncpg.QueryCanceledError | TimeoutError):
         return DatabaseError("Postgres took too long")
-    if isinstance(error, ValueError):  # asyncpg cannot encode an argument
-        return BadRequestError("Postgres has no such value")
     if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.PostgresConnectionError):
         return DatabaseError("Postgres cannot be reached")
     state = error.sqlstate or "unknown"
-    if state[:2] in ("22", "23", "P0"):  # data, constraints, raised by a function
+    if state[:2] in ("22", "23", "P0"):  # data (asyncpg's own refusals too), constraints, raised by a function
         return BadRequestError(f"Postgres refused the values (SQLSTATE {state})")
     return DatabaseError(f"Postgres refused (SQLSTATE {state})")
 
 
 def _unconnected(error: Exception, dsn: str) -> BridgeError:
-    """What an error at the start means to the operator. Names the host, never the user or the password."""
+    """What an error at the start means to the operator. Names the host, never the password."""
     host = urlsplit(dsn).netloc.rpartition("@")[2] or "the local socket"
     match error:
         case asyncpg.InvalidAuthorizationSpecificationError():

@@ -151,16 +151,7 @@ class LogicalMessage(NamedTuple):
 
 
 Message: TypeAlias = (
-    Begin
-    | Commit
-    | Origin
-    | RelationMessage
-    | TypeMessage
-    | Insert
-    | Update
-    | Delete
-    | Truncate
-    | LogicalMessage
+    Begin | Commit | Origin | RelationMessage | TypeMessage | Insert | Update | Delete | Truncate | LogicalMessage
 )
 
 

@@ -61,13 +61,9 @@ def make_router(bridge: "Bridge") -> APIRouter:
 
     if bridge.settings.database_url is not None:
         router.include_router(
-            posts_router(lambda: bridge.running.database, require_claims(bridge.verifier), lambda: _position(bridge))
+            posts_router(lambda: bridge.database, require_claims(bridge.verifier), lambda: bridge.running.hub.position)
         )
     return router
-
-
-def _position(bridge: "Bridge") -> str:
-    return bridge.running.hub.position
 
 
 def _require_admin(bridge: "Bridge", request: Request) -> None:

@@ -42,4 +42,4 @@ class BridgeServer(Server):
 def run_workers(config: Config) -> None:
     """Several processes that share one listening socket, started again when they die, until a signal."""
     listening = config.bind_socket()
-    Multiprocess(config, target=BridgeServer(config).run, sockets=[listening]).run()
+    Multiprocess(config, sockets=[listening]).run()

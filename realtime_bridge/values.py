@@ -88,16 +88,16 @@ def _bool(text: str) -> bytes:
 
 
 def _timestamp(text: str) -> bytes:
-    return _string(text.replace(" ", "T", 1) if text[:1].isdigit() else text)
+    return _string(text.replace(" ", "T", 1))
 
 
 _OFFSET: Final = re.compile(r"([+-][0-9]{2})( BC)?")
 
 
 def _timestamptz(text: str) -> bytes:
-    if not text[:1].isdigit():
+    day, space, time = text.partition(" ")
+    if not space:  # infinity
         return _string(text)
-    day, _, time = text.partition(" ")
     if time.endswith("+00"):
         return _string(f"{day}T{time}:00")
     sign = max(time.rfind("+"), time.rfind("-"))

@@ -174,12 +174,12 @@ class MemoryBroker:
             yield updates
 
     async def _updates(self, number: int) -> AsyncGenerator[Update, None]:
-        proven_until = self._proven_until
+        appended, proven_until = self._appended, self._proven_until
         yield Update("entries", self._epoch, number, (), proven_until)
         while True:
-            appended = self._appended
             if number == self._number:
                 await _wait(appended, QUIET_SECONDS)
+            appended = self._appended
             kind: Literal["entries", "lost"] = "entries"
             entries: list[Entry] = []
             try:

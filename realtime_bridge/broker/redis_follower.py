@@ -129,20 +129,24 @@ class Follower:
         if view.head.epoch != self.epoch:
             yield await self._change_epoch(view)
         while self.number < view.head.number:
-            raw = await self._read()
+            raw, trimmed = await self._read()
             if raw and self.id in (None, raw[0].previous):
                 yield await self._take(raw)
                 continue
             view = await self._history.view()
-            yield self._lose(view) if view.head.epoch == self.epoch else await self._change_epoch(view)
+            if view.head.epoch != self.epoch:
+                yield await self._change_epoch(view)
+            elif raw or trimmed:
+                yield self._lose(view)
         self._proven_until = view.head.proven_until
         yield self._update()
 
-    async def _read(self) -> list[RawEntry]:
+    async def _read(self) -> tuple[list[RawEntry], bool]:
+        """What follows, and whether it is trimmed."""
         try:
-            return await self._history.read(self.number, limit=READ_ENTRIES, max_bytes=READ_BYTES)
+            return await self._history.read(self.number, limit=READ_ENTRIES, max_bytes=READ_BYTES), False
         except HistoryGoneError:
-            return []
+            return [], True
 
     async def _take(self, raw: Sequence[RawEntry]) -> Update:
         entries = await self._history.decode(raw)

@@ -104,6 +104,6 @@ class Trail:
         """Go over to a new epoch, which has everything up to a remembered number."""
         assert number >= self.number or self.id_of(number) is not None
         self.epoch = epoch
-        while self.number > number:
-            self.number -= 1
+        for _ in range(min(self.number - number, len(self._ids))):
             self._ids.pop()
+        self.number = min(self.number, number)

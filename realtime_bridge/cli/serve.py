@@ -5,9 +5,11 @@ import logging
 from typing import Annotated
 
 import typer
+from fastapi import FastAPI
 from uvicorn import Config
 
 from realtime_bridge import logs
+from realtime_bridge.app import create_app
 from realtime_bridge.bridge import make_policy, make_source
 from realtime_bridge.database import Database
 from realtime_bridge.errors import ConfigurationError, UnavailableError
@@ -44,7 +46,7 @@ def _listening(host: str, port: int) -> None:
 def server_config(settings: Settings, *, host: str, port: int, workers: int = 1) -> Config:
     """How uvicorn runs the bridge: our protocol class, no compression (its memory), time to drain."""
     return Config(
-        "realtime_bridge.app:create_app",
+        "realtime_bridge.cli.serve:application",
         factory=True,
         host=host,
         port=port,
@@ -60,6 +62,12 @@ def server_config(settings: Settings, *, host: str, port: int, workers: int = 1)
         backlog=4096,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
+
+
+def application() -> FastAPI:
+    """What every process serves; workers begin here, with nothing of the parent's set up."""
+    logs.configure()
+    return create_app()
 
 
 async def preflight(settings: Settings) -> None:

@@ -14,7 +14,7 @@ import asyncio
 import hmac
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import count
@@ -27,6 +27,7 @@ import jwt
 import orjson
 from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
 from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from realtime_bridge.change import ABSENT, Change, Column, Image, Relation
@@ -39,6 +40,8 @@ from realtime_bridge.wire.phoenix import Frame, Payload, Vsn
 PUBLICATION: Final = "supabase_realtime"
 POLL_SECONDS: Final = 0.05
 LARGEST_FRAME: Final = 5_000_000
+LARGEST_CHANGE: Final = 1_048_576
+TOO_LARGE: Final = "Error 413: Payload Too Large"
 NO_KEY: Final = "Error 400: Bad Request, no primary key"
 
 _SESSION: Final = {"TimeZone": "UTC", "DateStyle": "ISO", "IntervalStyle": "postgres", "bytea_output": "hex"}
@@ -126,8 +129,9 @@ class LocalSupabase:
         socket = _Socket(connection, self, phoenix.parse_vsn(query.get("vsn", [None])[0]), query["apikey"][0])
         self._sockets[connection] = socket
         try:
-            async for data in connection:
-                await socket.receive(data)
+            with suppress(ConnectionClosed):
+                async for data in connection:
+                    await socket.receive(data)
         finally:
             del self._sockets[connection]
 
@@ -450,7 +454,18 @@ def _data(table: _Table, change: Change) -> bytes:
         return _refused(change)
     key = [relation.columns[i].name for i in relation.key]
     hidden = change.operation == "DELETE" and table.is_secured
-    return phoenix.change_data(change, microtimestamp(change.commit_time), old=key if hidden else None)
+    data = phoenix.change_data(change, microtimestamp(change.commit_time), old=key if hidden else None)
+    return data if len(data) <= LARGEST_CHANGE else _cut(data)
+
+
+def _cut(data: bytes) -> bytes:
+    """What Supabase leaves of a change that is too large: values of at most 64 bytes, and no NULL."""
+    fields = orjson.loads(data)
+    for name in ("record", "old_record"):
+        if name in fields:
+            row = fields[name].items()
+            fields[name] = {k: v for k, v in row if v is not None and len(orjson.dumps(v)) <= 64}
+    return orjson.dumps({**fields, "errors": [TOO_LARGE]})
 
 
 def _refused(change: Change) -> bytes:

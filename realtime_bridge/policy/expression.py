@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 import pg_query
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it ships no types
 
 Node: TypeAlias = Any
 """A protobuf message of libpg_query."""
@@ -59,6 +59,11 @@ class Fact:
 
     path: tuple[str, ...]
     casts: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """What it is before any cast."""
+        return "uuid" if self.path == ("uid",) else "text"
 
     @cached_property
     def sql(self) -> str:
@@ -136,6 +141,20 @@ class Or:
 
 Expression: TypeAlias = Operand | Equal | IsNull | Is | Not | And | Or
 """An operand that stands as an expression is a boolean condition."""
+
+
+def facts_of(expression: Expression) -> frozenset[Fact]:
+    """Every fact that an expression reads."""
+    match expression:
+        case Fact():
+            return frozenset({expression})
+        case Equal(left, right):
+            return facts_of(left) | facts_of(right)
+        case IsNull(inner) | Is(inner) | Not(inner):
+            return facts_of(inner)
+        case And(parts) | Or(parts):
+            return frozenset().union(*map(facts_of, parts))
+    return frozenset()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

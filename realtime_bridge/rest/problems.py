@@ -8,7 +8,7 @@ Sources: RFC 9457 (problem details; `about:blank` says that the title is the sta
 """
 
 from collections.abc import Callable, Coroutine, Mapping
-from http import HTTPStatus
+from http.client import responses
 from typing import Any, Final
 
 import orjson
@@ -30,13 +30,16 @@ _HEADERS: Final[Mapping[int, Mapping[str, str]]] = {
     503: {"Retry-After": _RETRY_SECONDS},
 }
 _MOST_COMPLAINTS: Final = 5
+_LONGEST_NAME: Final = 40
+"""Characters of a field's name that are repeated: an unknown field's is whatever was sent."""
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """A problem response, with the headers that its status asks for."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    told = detail.encode(errors="replace").decode()  # a lone surrogate, from a client's JSON perhaps, has no UTF-8
+    body = {"type": "about:blank", "title": responses.get(status, "Error"), "status": status, "detail": told}
     return Response(
         orjson.dumps(body),
         status,
@@ -103,7 +106,10 @@ def _bounded(receive: Receive) -> Receive:
 
 
 def _complaints(error: RequestValidationError) -> str:
-    """What is wrong where, without what was sent."""
+    """What is wrong where, without the values that were sent."""
     found = error.errors()
-    told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found[:_MOST_COMPLAINTS]]
+    told = [
+        f"{'.'.join(str(part)[:_LONGEST_NAME] for part in one['loc'])}: {one['msg']}"
+        for one in found[:_MOST_COMPLAINTS]
+    ]
     return "; ".join(told) + (f"; and {len(found) - len(told)} more" if len(found) > len(told) else "")

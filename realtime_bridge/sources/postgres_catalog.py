@@ -5,10 +5,10 @@ Sources: PostgreSQL documentation, "System Catalogs", "System Information Functi
 XLogBytePosToRecPtr in src/backend/access/transam/xlog.c.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import asyncpg
 
@@ -20,6 +20,7 @@ from realtime_bridge.sources.transactions import Described, lsn_text
 
 QUERY_SECONDS: Final = 10
 _SLOT_SECONDS: Final = 30
+_CLOSE_SECONDS: Final = 1
 _APPLICATION: Final = "realtime_bridge source"
 _PAGE_HEADER: Final = 24
 _SEGMENT_HEADER: Final = 40
@@ -62,10 +63,10 @@ class Moment(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """A slot as the source finds it; `holder` is the application that reads it."""
+    """A slot as the source finds it. `other_database`: the one it belongs to, if not this; `holder`: who reads it."""
 
     plugin: str | None
-    database: str | None
+    other_database: str | None
     temporary: bool
     lost: bool
     confirmed: int
@@ -88,46 +89,59 @@ class SlotStatus:
     lag_bytes: int
 
 
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns whatever goes wrong with an ordinary connection into a `SourceError`."""
+    try:
+        yield
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:  # asyncio's TimeoutError is an OSError
+        raise SourceError(f"Postgres could not be asked: {reason_of(error)}") from error
+
+
 @asynccontextmanager
 async def connected(dsn: str) -> AsyncIterator["Primary"]:
-    """An ordinary connection to the primary; whatever goes wrong on it inside the block is a `SourceError`.
+    """An ordinary connection to the primary, closed when the block is left. Use it under `translated`.
 
     Raises:
-        SourceError: it cannot be reached, refuses, or is lost.
-        ConfigurationError: the address is not one.
+        SourceError: it cannot be reached, refuses, or is a standby.
+        ConfigurationError: the address is not one, or the server has no logical replication.
     """
+    connection = await _connect(dsn)
     try:
-        connection = await asyncpg.connect(
+        primary = Primary(connection)
+        with translated():
+            await primary.prepare()
+        yield primary
+    finally:
+        with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            await connection.close(timeout=_CLOSE_SECONDS)
+
+
+async def _connect(dsn: str) -> Connection:
+    try:
+        return await asyncpg.connect(
             dsn,
             timeout=CONNECT_SECONDS,
             command_timeout=QUERY_SECONDS,
             statement_cache_size=0,
             server_settings={"application_name": _APPLICATION, "synchronous_commit": "local"},
         )
-    except ValueError as error:
-        raise ConfigurationError(f"DATABASE_URL: {error}") from None
-    except OSError as error:  # asyncio's TimeoutError is one
+    except (ValueError, asyncpg.ClientConfigurationError) as error:
+        raise ConfigurationError(f"DATABASE_URL: {reason_of(error)}") from None
+    except OSError as error:
         raise SourceError(
             f"Postgres cannot be reached ({reason_of(error)}). Is DATABASE_URL right? Direct Supabase hosts "
             "(db.<project>.supabase.co) are often IPv6 only: then use a host with IPv6 or the IPv4 add-on."
         ) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SourceError(f"Postgres refuses the connection: {reason_of(error)}") from error
-    try:
-        primary = Primary(connection)
-        await primary.prepare()
-        yield primary
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise SourceError(f"Postgres could not be asked: {reason_of(error)}") from error
-    finally:
-        connection.terminate()
 
 
 class Primary:
-    """The questions and commands. Errors of asyncpg pass through; the block of `connected` translates them."""
+    """The questions and commands. Errors of asyncpg pass through: use it under `translated`."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
         self._block = 8192
         self._segment = 16 << 20
 
@@ -138,7 +152,7 @@ class Primary:
             SourceError: it is a standby.
             ConfigurationError: it has no logical replication.
         """
-        row = await self._connection.fetchrow(_SERVER)
+        row = await self.connection.fetchrow(_SERVER)
         assert row is not None
         if row["standby"]:
             raise SourceError("this Postgres is a standby; DATABASE_URL has to lead to the primary")
@@ -148,15 +162,14 @@ class Primary:
                 "`ALTER SYSTEM SET wal_level = logical` and restart Postgres"
             )
         self._block, self._segment = row["block"], row["segment"]
-        self._moment = await self._connection.prepare(_MOMENT)
+        self._moment = await self.connection.prepare(_MOMENT)
 
-    async def may_replicate(self) -> bool:
-        """Whether the role has the attribute that replication asks for."""
-        return bool(await self._connection.fetchval(_MAY_REPLICATE))
-
-    async def role(self) -> str:
-        """The role of the connection."""
-        return str(await self._connection.fetchval("SELECT current_user"))
+    async def refusal_to_replicate(self) -> str | None:
+        """What to do about a role that may not replicate; None if this one may."""
+        role, may = await self.connection.fetchrow(_MAY_REPLICATE) or ("", True)
+        if may:
+            return None
+        return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
     async def moment(self) -> Moment:
         """Read clock, WAL and snapshot, in this order."""
@@ -169,23 +182,21 @@ class Primary:
 
         An open transaction's first rows can stay in memory for 15 s; a committed message takes them along.
         """
-        await self._connection.execute(_FLUSH.format(lsn=lsn_text(written)))
+        await self.connection.execute(_FLUSH.format(lsn=lsn_text(written)))
 
     async def is_synchronous_standby(self, pid: int) -> bool:
         """Whether commits may be waiting for this very walsender."""
-        return bool(await self._connection.fetchval(_IS_SYNCHRONOUS, pid))
+        return bool(await self.connection.fetchval(_IS_SYNCHRONOUS, pid))
 
     async def describe(self, message: RelationMessage) -> Described:
         """Complete a table's description by what the catalog says now."""
         type_ids = [column.type_id for column in message.columns]
-        types = dict(await self._connection.fetch(_TYPES, type_ids))
+        types = {row[0]: row[1] for row in await self.connection.fetch(_TYPES, type_ids)}
         columns = tuple(Column(c.name, types.get(c.type_id, "text")) for c in message.columns)
-        catalog = await self._connection.fetchrow(_TABLE, message.id)
+        catalog = await self.connection.fetchrow(_TABLE, message.id)
         identity = frozenset(column.name for column in message.columns if column.identity)
-        if message.identity == "d":  # then the identity is the primary key, as it was when the row was written
-            names = identity
-        else:
-            names = frozenset(catalog["key"] if catalog else ())
+        # The default identity is the primary key, as it was when the row was written.
+        names = identity if message.identity == "d" else frozenset(catalog["key"] if catalog else ())
         key = tuple(i for i, column in enumerate(columns) if column.name in names)
         if len(key) < len(names):
             key = ()  # a part of it is not published
@@ -195,8 +206,13 @@ class Primary:
 
     async def slot(self, name: str) -> SlotState | None:
         """The slot as it stands, or None."""
-        row = await self._connection.fetchrow(_SLOT, name)
+        row = await self.connection.fetchrow(_SLOT, name)
         return None if row is None else SlotState(**dict(row))
+
+    async def slot_status(self, name: str) -> SlotStatus:
+        """The slot as people and metrics see it."""
+        row = await self.connection.fetchrow(_SLOT_STATUS, name)
+        return SlotStatus(False, False, None, 0) if row is None else SlotStatus(True, *row)
 
     async def create_slot(self, name: str) -> None:
         """Make the permanent slot. Postgres waits for the transactions that are writing now.
@@ -206,25 +222,21 @@ class Primary:
         """
         command = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')"
         try:
-            await self._connection.fetchval(command, name, timeout=_SLOT_SECONDS)
+            await self.connection.fetchval(command, name, timeout=_SLOT_SECONDS)
         except TimeoutError as error:
             raise SourceError(
                 f"the replication slot {name} could not be made within {_SLOT_SECONDS} s: Postgres waits for running "
-                "transactions to end (SELECT * FROM pg_stat_activity WHERE backend_xid IS NOT NULL)"
+                "transactions to end; `TABLE pg_stat_activity` shows them in backend_xid"
             ) from error
-        except asyncpg.InsufficientPrivilegeError as error:
-            raise ConfigurationError(await self.without_privilege()) from error
         except asyncpg.PostgresError as error:
+            refusal = await self.refusal_to_replicate()
+            if refusal is not None:
+                raise ConfigurationError(refusal) from error
             raise SourceError(f"the replication slot {name} could not be made: {reason_of(error)}") from error
-
-    async def without_privilege(self) -> str:
-        """What to do about a role that may not replicate."""
-        role = await self.role()
-        return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
     async def drop_slot(self, name: str) -> None:
         """Drop the slot."""
-        await self._connection.execute("SELECT pg_drop_replication_slot($1)", name)
+        await self.connection.execute("SELECT pg_drop_replication_slot($1)", name)
 
     async def terminate(self, pid: int) -> None:
         """End a former reader's walsender.
@@ -233,41 +245,12 @@ class Primary:
             SourceError: this role may not do it.
         """
         try:
-            await self._connection.execute("SELECT pg_terminate_backend($1)", pid)
+            await self.connection.execute("SELECT pg_terminate_backend($1)", pid)
         except asyncpg.InsufficientPrivilegeError as error:
             raise SourceError(
                 f"the former reader of the slot (pid {pid}) belongs to another role and cannot be ended; "
                 f"run `SELECT pg_terminate_backend({pid})` as that role"
             ) from error
-
-    async def publication_repairs(self, publication: str, tables: Sequence[str]) -> list[str]:
-        """The statements that make the publication carry every change of the tables; none if it does already.
-
-        Raises:
-            ConfigurationError: a table does not exist, or cannot be published.
-        """
-        wanted = [table.partition(".") for table in tables]
-        schemas, names = [w[0] for w in wanted], [w[2] for w in wanted]
-        found = await self._connection.fetchrow(_PUBLICATION, publication)
-        states = await self._connection.fetch(_PUBLISHED, publication, schemas, names)
-        for state in states:
-            _refuse_unpublishable(state)
-        quoted = _identifier(publication)
-        missing = ", ".join(state["sql_name"] for state in states if not state["published"])
-        if found is None:
-            return [f"CREATE PUBLICATION {quoted} FOR TABLE {missing} WITH (publish_via_partition_root = true)"]
-        repairs = []
-        if not found["complete"]:
-            repairs.append(f"ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate')")
-        if not found["via_root"] and any(state["kind"] == "p" for state in states):
-            repairs.append(f"ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true)")
-        if missing:
-            repairs.append(f"ALTER PUBLICATION {quoted} ADD TABLE {missing}")
-        return repairs
-
-    async def execute(self, statement: str) -> None:
-        """Run one of the repairs."""
-        await self._connection.execute(statement)
 
 
 def end_of_record(insert_lsn: int, block: int, segment: int) -> int:
@@ -283,57 +266,16 @@ def end_of_record(insert_lsn: int, block: int, segment: int) -> int:
     return insert_lsn
 
 
-async def ensure_publication(dsn: str, publication: str, tables: Sequence[str]) -> list[str]:
-    """Make the publication, or add what it lacks; returns the statements that were run.
-
-    The source itself never does this: it is for those who may change the user's database.
-
-    Raises:
-        ConfigurationError: a table does not exist or cannot be published, or the role may not.
-        SourceError: Postgres cannot be asked.
-    """
-    async with connected(dsn) as primary:
-        repairs = await primary.publication_repairs(publication, tables)
-        for repair in repairs:
-            try:
-                await primary.execute(repair)
-            except asyncpg.PostgresError as error:
-                raise ConfigurationError(f"BRIDGE_PUBLICATION: `{repair}` failed: {reason_of(error)}") from error
-        left = await primary.publication_repairs(publication, tables)
-        if left:
-            raise ConfigurationError(
-                f"BRIDGE_PUBLICATION: {publication} still does not carry all of BRIDGE_TABLES; is one of them a "
-                f"partition of a published table? Name the partitioned table instead. Missing: {'; '.join(left)}"
-            )
-    return repairs
-
-
 async def slot_status(dsn: str, slot: str) -> SlotStatus:
     """How the slot stands.
 
     Raises:
         SourceError: Postgres cannot be asked.
+        ConfigurationError: the server has no logical replication.
     """
     async with connected(dsn) as primary:
-        row = await primary.slot_row(slot)
-    return SlotStatus(False, False, None, 0) if row is None else SlotStatus(True, *row)
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _refuse_unpublishable(state: Any) -> None:
-    name = state["name"]
-    if state["kind"] is None:
-        raise ConfigurationError(f"BRIDGE_TABLES: there is no table {name}")
-    if state["kind"] not in ("r", "p"):
-        raise ConfigurationError(f"BRIDGE_TABLES: {name} is not a table, so Postgres publishes no changes of it")
-    if not state["published"] and not state["identified"]:
-        raise ConfigurationError(
-            f"BRIDGE_TABLES: {name} has no primary key, and once published its rows could not be updated; "
-            f"run `ALTER TABLE {state['sql_name']} REPLICA IDENTITY FULL`"
-        )
+        with translated():
+            return await primary.slot_status(slot)
 
 
 _SERVER: Final = """
@@ -353,9 +295,11 @@ _FLUSH: Final = """
     SELECT pg_logical_emit_message(true, 'realtime_bridge', '') WHERE pg_current_wal_flush_lsn() < '{lsn}'::pg_lsn
 """
 
-_MAY_REPLICATE: Final = "SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user"
+_MAY_REPLICATE: Final = "SELECT rolname, rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user"
 
-_IS_SYNCHRONOUS: Final = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE pid = $1 AND sync_priority > 0)"
+_IS_SYNCHRONOUS: Final = """
+    SELECT EXISTS (SELECT FROM pg_stat_replication WHERE pid = $1 AND sync_state IN ('sync', 'quorum'))
+"""
 
 # Domains, and arrays of domains, become what they are based on. What only shares its name with a built-in type, or
 # only looks like an array by its name, is text: values are encoded by that name.
@@ -398,7 +342,7 @@ _TABLE: Final = """
 """
 
 _SLOT: Final = """
-    SELECT s.plugin::text, CASE WHEN s.database = current_database() THEN NULL ELSE s.database::text END AS database,
+    SELECT s.plugin::text, nullif(s.database, current_database())::text AS other_database,
            s.temporary, s.wal_status IS NOT DISTINCT FROM 'lost' AS lost,
            coalesce((s.confirmed_flush_lsn - '0/0'::pg_lsn)::int8, 0) AS confirmed,
            s.active_pid, a.application_name AS holder
@@ -409,27 +353,4 @@ _SLOT: Final = """
 _SLOT_STATUS: Final = """
     SELECT active, wal_status, coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::int8
     FROM pg_replication_slots WHERE slot_name = $1
-"""
-
-_PUBLICATION: Final = """
-    SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AS complete, pubviaroot AS via_root
-    FROM pg_publication WHERE pubname = $1
-"""
-
-_PUBLISHED: Final = """
-    SELECT wanted.schema || '.' || wanted.name AS name, format('%I.%I', wanted.schema, wanted.name) AS sql_name,
-           c.relkind::text AS kind,
-           EXISTS (
-               SELECT FROM pg_publication_tables p
-               WHERE p.pubname = $1 AND p.schemaname = wanted.schema AND p.tablename = wanted.name
-           ) OR EXISTS (
-               SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-               WHERE p.pubname = $1 AND r.prrelid = c.oid
-           ) AS published,
-           c.relreplident IN ('f', 'i') OR (c.relreplident = 'd' AND EXISTS (
-               SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary
-           )) AS identified
-    FROM unnest($2::text[], $3::text[]) AS wanted(schema, name)
-    LEFT JOIN (pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace)
-        ON n.nspname = wanted.schema AND c.relname = wanted.name
 """

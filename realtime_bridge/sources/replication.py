@@ -10,8 +10,6 @@ Sources: PostgreSQL documentation, "Streaming Replication Protocol"; libpq "Func
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from struct import Struct
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -95,8 +93,8 @@ class Replication:
         assert row is not None
         return System(str(row[0]), int(row[1]), parse_lsn(row[2]))
 
-    async def start(self, slot: str, publication: str, after: int) -> None:
-        """Begin to stream what was committed at or after an LSN (0: where the slot stands).
+    async def start(self, slot: str, publication: str, after: int, *, confirmed: int) -> None:
+        """Begin to stream what was committed at or after an LSN; `confirmed` is what the slot stands at.
 
         Raises:
             psycopg.Error: the slot is in use, or cannot be read.
@@ -108,6 +106,7 @@ class Replication:
         )
         await self._connection.execute(command.encode())
         self._heard = time.monotonic()
+        self.flushed = confirmed
         self._tick()
 
     def receive(self) -> Frame | None:
@@ -203,9 +202,8 @@ class Replication:
         raise SourceError("Postgres sent a replication frame that cannot be read")
 
 
-@asynccontextmanager
-async def connected(dsn: str, *, application_name: str) -> AsyncIterator[Replication]:
-    """A replication connection to the database, closed at once when the block is left.
+async def connect(dsn: str, *, application_name: str) -> Replication:
+    """A replication connection to the database; close it.
 
     Raises:
         psycopg.Error: the server refuses it, or cannot be reached.
@@ -222,11 +220,7 @@ async def connected(dsn: str, *, application_name: str) -> AsyncIterator[Replica
         connect_timeout=int(given.get("connect_timeout") or CONNECT_SECONDS),
         options=f"{given.get('options') or ''} {pinned}".strip(),
     )
-    replication = Replication(connection)
-    try:
-        yield replication
-    finally:
-        await replication.close()
+    return Replication(connection)
 
 
 def reason_of(error: Exception) -> str:

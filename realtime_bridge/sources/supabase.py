@@ -29,7 +29,6 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from typing import Any, Final, TypeAlias
-from urllib.parse import urlsplit
 
 from realtime import (
     AsyncRealtimeChannel,
@@ -41,8 +40,7 @@ from realtime import (
 )
 from realtime.message import ReplyMessage, ServerMessage, SuccessSystemPayload
 from realtime.types import PostgresChangesPayload
-from supabase import AsyncClientOptions, acreate_client
-from supabase._async.client import SupabaseException
+from supabase import AsyncClientOptions, AsyncSupabaseException, acreate_client
 from websockets.exceptions import InvalidStatus, WebSocketException
 
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Image, Relation
@@ -53,12 +51,13 @@ from realtime_bridge.wire.phoenix import SUBSCRIBED
 logger = logging.getLogger(__name__)
 
 Keys: TypeAlias = Callable[[str], Awaitable[Sequence[str]]]
-"""Asks for the names of the primary key's columns of `schema.table`; empty if it has none."""
+"""Asks for the names of the primary key's columns of `schema.table`; empty if it has none. A `BridgeError` that it
+raises ends the stream."""
 
 OPEN_SECONDS: Final = 30.0
 """A cold server takes up to 8 s to subscribe, and delays refusals by 2 to 5 s on purpose."""
 CLOSE_SECONDS: Final = 2.0
-BATCH_SECONDS: Final = 1.0
+BATCH_SECONDS: Final = 0.5
 HEARTBEAT_SECONDS: Final = 4.0
 SILENCE_SECONDS: Final = 8.0
 """A heartbeat unanswered for so long means a link that is dead, whatever it says of itself."""
@@ -92,7 +91,7 @@ class SupabaseSource:
         self._key = key
         self._tables = tuple(tables)
         self._reader = PayloadReader(keys)
-        self._mark = f"supabase|{urlsplit(url).netloc}|"
+        self._mark = f"supabase|{url.partition('://')[2].partition('/')[0]}|"
 
     @asynccontextmanager
     async def open(self, after: str | None, *, owner: str) -> AsyncIterator["SupabaseStream"]:
@@ -180,8 +179,8 @@ class _Heartbeat:
 class _Link:
     """What one channel has heard, and whether it can still be believed.
 
-    The `on_…` methods are the client's callbacks. They must not raise, since that would end the client's listening
-    without a word, and cannot wait.
+    The `on_…` methods are the client's callbacks, and cannot wait. They must not raise: that would end the client's
+    listening without a word, and only an unanswered heartbeat would show it.
     """
 
     def __init__(self, client: AsyncRealtimeClient, tables: Sequence[str]) -> None:
@@ -213,7 +212,7 @@ class _Link:
                 await channel.subscribe(self.on_status)
                 await self._settled.wait()
         except TimeoutError:
-            raise SourceError(f"Supabase Realtime did not subscribe within {OPEN_SECONDS:.0f} s") from None
+            raise SourceError("Supabase Realtime did not subscribe in time") from None
         if self._failure is not None:
             raise SourceError(self._failure)
 
@@ -287,7 +286,10 @@ class _Link:
             raise SourceError("Supabase Realtime: disconnected")
         self._heartbeat = _Heartbeat(f"bridge-{now}", now, time.time())
         event = ChannelEvents.heartbeat
-        await self._client.send(Message(topic=_PHOENIX, event=event, payload={}, ref=self._heartbeat.ref))
+        try:
+            await self._client.send(Message(topic=_PHOENIX, event=event, payload={}, ref=self._heartbeat.ref))
+        except (OSError, WebSocketException) as error:
+            raise SourceError(f"Supabase Realtime: {type(error).__name__}") from None
 
 
 class _HeartbeatChannel(AsyncRealtimeChannel):
@@ -347,8 +349,8 @@ async def _linked(url: str, key: str, tables: Sequence[str]) -> AsyncIterator[_L
     options = AsyncClientOptions(auto_refresh_token=False, persist_session=False, realtime={"auto_reconnect": False})
     try:
         client = await acreate_client(url, key, options)
-    except SupabaseException as error:
-        raise ConfigurationError(f"SUPABASE_URL, SUPABASE_KEY: {error}") from error
+    except (AsyncSupabaseException, ValueError):
+        raise ConfigurationError("SUPABASE_URL, SUPABASE_KEY: an http(s) address and a service key") from None
     link = _Link(client.realtime, tables)
     try:
         with _watching_unreadable_frames(link):
@@ -362,12 +364,17 @@ async def _linked(url: str, key: str, tables: Sequence[str]) -> AsyncIterator[_L
 async def _subscribe(link: _Link) -> None:
     try:
         await link.subscribe()
+    except SourceError:
+        raise
     except InvalidStatus as error:
-        if error.response.status_code in (401, 403):
-            raise ConfigurationError("SUPABASE_KEY: the project refuses this key") from error
-        raise SourceError(f"Supabase Realtime answers {error.response.status_code}") from error
-    except (OSError, WebSocketException) as error:
-        raise SourceError(f"Supabase Realtime cannot be reached: {error}") from error
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ConfigurationError("SUPABASE_KEY: the project refuses this key") from None
+        raise SourceError(f"Supabase Realtime cannot be reached: status {status}") from None
+    except OSError as error:
+        raise SourceError(f"Supabase Realtime cannot be reached: {error}") from None
+    except Exception as error:  # the client raises bare ones; their texts may hold the address, and so the key
+        raise SourceError(f"Supabase Realtime cannot be reached: {type(error).__name__}") from None
 
 
 async def _close(client: AsyncRealtimeClient) -> None:
@@ -391,7 +398,9 @@ class PayloadReader:
         self._newest: OrderedDict[tuple[str, Image], tuple[int, float]] = OrderedDict()
 
     async def read(self, data: Mapping[str, Any]) -> list[Body]:
-        """Read the `data` of a `postgres_changes` payload; empty if it was told before.
+        """Read the `data` of a `postgres_changes` payload: the change, unless it was told before.
+
+        A `catalog` control goes before it where the table has changed, or more is known of it.
 
         Raises:
             ArithmeticError, LookupError, TypeError, ValueError: it cannot be understood, or lacks its key.
@@ -401,21 +410,26 @@ class PayloadReader:
         known = self._relations.get(f"{data['schema']}.{data['table']}")
         relation = await self._relation(data["schema"], data["table"], columns, old_record)
         self._relations[relation.name] = relation
+        operation = data["type"].value
+        if operation not in ("INSERT", "UPDATE", "DELETE"):
+            raise ValueError("an unknown operation")
         change = Change(
-            operation=data["type"].value,
+            operation=operation,
             relation=relation,
             old=_image(relation, old_record) if old_record else None,
-            new=None if data["type"] == "DELETE" else _image(relation, record or {}),
+            new=None if operation == "DELETE" else _image(relation, record or {}),
             commit_time=parse_timestamp(data["commit_timestamp"]),
             place=f"supabase {data['commit_timestamp']}",
         )
         row = change.old if change.new is None else change.new
         if row is None or ABSENT in (key := relation.key_of(row)):
             raise ValueError("a row without its key")
-        if relation.key and self._is_repeat(change, key):
-            return []
-        catalog = Control("catalog", relation.name, commit_time=change.commit_time)
-        return [change] if known in (None, relation) else [catalog, change]
+        bodies: list[Body] = []
+        if known not in (None, relation):
+            bodies.append(Control("catalog", relation.name, commit_time=change.commit_time))
+        if not relation.key or not self._is_repeat(change, key):
+            bodies.append(change)
+        return bodies
 
     async def _relation(
         self, schema: str, table: str, columns: tuple[Column, ...], old_record: Mapping[str, Any] | None

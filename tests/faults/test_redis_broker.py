@@ -1,0 +1,296 @@
+"""A Redis that is killed, restarted or frozen under the broker."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from realtime_bridge.broker.base import Update
+from realtime_bridge.broker.redis import RedisBroker
+from realtime_bridge.change import Position
+from realtime_bridge.dev.engines import EmbeddedValkey
+from realtime_bridge.errors import BridgeError, BrokerError, ForkError, HistoryGoneError, LeaseLostError
+from tests.contract.brokers import LIMITS, changes, entries_up_to, news, seen, update
+from tests.services import eventually, running
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture
+def server() -> Iterator[EmbeddedValkey]:
+    with running(EmbeddedValkey()) as valkey:
+        yield valkey
+
+
+@pytest.fixture
+def durable_server() -> Iterator[EmbeddedValkey]:
+    with running(EmbeddedValkey(durable=True)) as valkey:
+        yield valkey
+
+
+def broker_at(url: str) -> RedisBroker:
+    return RedisBroker(url, namespace="faults", **LIMITS)
+
+
+@asynccontextmanager
+async def following(broker: RedisBroker) -> AsyncIterator[AsyncIterator[Update]]:
+    async with broker.follow() as updates:
+        await update(updates)
+        yield updates
+
+
+async def until_broken(updates: AsyncIterator[Update]) -> None:
+    """The follower says so within the time after which a reader may think it deaf."""
+    with pytest.raises(BrokerError):
+        async with asyncio.timeout(6):
+            async for _ in updates:
+                pass
+
+
+async def reachable(broker: RedisBroker) -> bool:
+    try:
+        await broker.head()
+    except BrokerError:
+        return False
+    return True
+
+
+async def test_a_killed_redis_ends_the_follower_and_a_durable_one_goes_on(durable_server: EmbeddedValkey) -> None:
+    async with broker_at(durable_server.url) as broker:
+        token = await broker.acquire_lease(ttl=60)
+        async with following(broker) as updates:
+            before = await broker.append(token, changes(1, 2), watermark="two")
+            await entries_up_to(updates, 2)
+            durable_server.kill()
+            await until_broken(updates)
+        with pytest.raises(BrokerError, match="cannot be reached"):
+            await broker.append(token, changes(3))
+        durable_server.start()
+        await eventually(lambda: reachable(broker))
+        with pytest.raises(LeaseLostError):
+            await broker.append(token, changes(3))  # whether the one before had reached Redis is not known yet
+        token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)  # its own lease is no obstacle
+        assert await broker.watermark() == "two"
+        async with broker.follow() as updates:
+            again = await update(updates)
+            assert (again.epoch, again.number) == (before.epoch, 2)
+            await broker.append(token, changes(3))
+            assert seen((await news(updates)).entries) == [3]
+        assert await broker.locate(Position(before.epoch, 1)) == 1
+
+
+async def test_a_redis_that_comes_back_empty_begins_a_new_history(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker:
+        token = await broker.acquire_lease(ttl=60)
+        before = await broker.append(token, changes(1, 2))
+        server.restart()
+        await eventually(lambda: reachable(broker))
+        head = await broker.head()
+        assert head.epoch != before.epoch
+        assert head.number == 0
+        with pytest.raises(LeaseLostError):
+            await broker.append(token, changes(3))
+        with pytest.raises(HistoryGoneError):
+            await broker.locate(Position(before.epoch, 1))
+        token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
+        await broker.append(token, changes(11))
+        assert seen(await broker.read(0)) == [11]
+
+
+async def test_a_frozen_redis_ends_the_follower_and_all_goes_on_after_it(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker:
+        token = await broker.acquire_lease(ttl=60)
+        async with following(broker) as updates:
+            head = await broker.append(token, changes(1))
+            await entries_up_to(updates, 1)
+            server.freeze()
+            frozen_at = time.monotonic()
+            try:
+                await until_broken(updates)
+                for call in (broker.head(), broker.read(0), broker.watermark()):
+                    with pytest.raises(BrokerError, match="does not answer"):
+                        await call
+                await asyncio.sleep(max(0.0, frozen_at + 4 - time.monotonic()))
+            finally:
+                server.thaw()
+        await eventually(lambda: reachable(broker))
+        assert await broker.head() == head
+        async with following(broker) as updates:
+            await broker.append(token, changes(2))
+            assert seen((await news(updates)).entries) == [2]
+
+
+async def test_an_append_that_redis_executes_late_is_counted_once(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker:
+        token = await broker.acquire_lease(ttl=60)
+        await broker.append(token, changes(1), watermark="1")
+        server.freeze()
+        try:
+            with pytest.raises(BrokerError):
+                await broker.append(token, changes(2), watermark="2")
+        finally:
+            server.thaw()
+        with pytest.raises(LeaseLostError):
+            await broker.append(token, changes(2), watermark="2")
+        await eventually(lambda: reachable(broker))
+        token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
+        if await broker.watermark() == "1":
+            await broker.append(token, changes(2), watermark="2")
+        assert seen(await broker.read(0)) == [1, 2]
+
+
+async def test_a_short_outage_does_not_cost_the_lease(durable_server: EmbeddedValkey) -> None:
+    async with broker_at(durable_server.url) as broker:
+        token = await broker.acquire_lease(ttl=9)
+        keeping = asyncio.create_task(broker.keep_lease(token, ttl=9))
+        durable_server.kill()
+        await asyncio.wait([keeping], timeout=3.5)
+        durable_server.start()
+        done, _ = await asyncio.wait([keeping], timeout=6.5)
+        assert not done
+        await broker.append(token, changes(1))
+        keeping.cancel()
+
+
+async def test_an_outage_longer_than_the_lease_costs_it(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker:
+        token = await broker.acquire_lease(ttl=1)
+        server.freeze()
+        try:
+            with pytest.raises(LeaseLostError):
+                async with asyncio.timeout(10):
+                    await broker.keep_lease(token, ttl=1)
+        finally:
+            server.thaw()
+
+
+@pytest.mark.slow
+async def test_nothing_is_lost_or_repeated_while_redis_freezes_and_dies(durable_server: EmbeddedValkey) -> None:
+    """A leader that works as ingest does, and a follower that works as a hub does, through every fault."""
+    copy: list[int] = []
+    done = asyncio.Event()
+    async with broker_at(durable_server.url) as leading, broker_at(durable_server.url) as other:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(lead(leading, done))
+            follower = tasks.create_task(follow(other, copy))
+            for fault in ("freeze", "kill", "freeze", "kill"):
+                await asyncio.sleep(0.7)
+                getattr(durable_server, fault)()
+                await asyncio.sleep(2.5 if fault == "freeze" else 0.1)
+                durable_server.thaw() if fault == "freeze" else durable_server.start()
+            done.set()
+            end = await eventually(lambda: settled(leading))
+            await eventually(lambda: len(copy) >= end)
+            follower.cancel()
+        assert copy == list(range(1, end + 1))
+        assert end > 20
+
+
+async def lead(broker: RedisBroker, done: asyncio.Event) -> None:
+    while not done.is_set():
+        try:
+            token = await broker.acquire_lease(ttl=3)
+            number = int(await broker.watermark() or 0)
+            while not done.is_set():
+                await broker.append(token, changes(number + 1), watermark=str(number + 1))
+                number += 1
+                await asyncio.sleep(0.005)
+        except BridgeError as error:
+            assert not isinstance(error, ForkError)
+            await asyncio.sleep(0.05)
+
+
+async def follow(broker: RedisBroker, copy: list[int]) -> None:
+    while True:
+        try:
+            async with broker.follow() as updates:
+                async for found in updates:
+                    while len(copy) < found.number - len(found.entries):
+                        copy.extend(seen(await broker.read(len(copy))))
+                    assert found.kind == "entries"
+                    assert len(copy) == found.number - len(found.entries)
+                    copy.extend(seen(found.entries))
+        except BrokerError:
+            await asyncio.sleep(0.05)
+
+
+async def settled(broker: RedisBroker) -> int:
+    try:
+        return (await broker.head()).number
+    except BrokerError:
+        return 0
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_password_is_told_without_it() -> None:
+    with running(EmbeddedValkey(options={"requirepass": "hunter2"})) as server:
+        for userinfo, reason in (("", "asks for a password"), (":hunter3@", "refuses the user name or password")):
+            url = server.url.replace("redis://", f"redis://{userinfo}")
+            with pytest.raises(BrokerError, match=reason) as caught:
+                async with broker_at(url):
+                    pass
+            assert "hunter" not in str(caught.value)
+        async with broker_at(server.url.replace("redis://", "redis://:hunter2@")) as broker:
+            assert (await broker.head()).number == 0
+
+
+async def test_what_redis_refuses_is_told_in_words(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker, Redis.from_url(server.url) as redis:
+        token = await broker.acquire_lease(ttl=60)
+        await broker.append(token, changes(1))
+        await redis.config_set("maxmemory", "1")
+        with pytest.raises(BrokerError, match="out of memory"):
+            await broker.append(token, changes(2))
+        await redis.config_set("maxmemory", "0")
+        assert (await broker.head()).number == 1
+        await redis.execute_command("ACL SETUSER", "default", "-xadd")
+        token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
+        with pytest.raises(BrokerError, match="does not allow"):
+            await broker.append(token, changes(2))
+        await redis.execute_command("ACL SETUSER", "default", "+@all")
+        await redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(BrokerError, match="read-only replica"):
+            await broker.acquire_lease(ttl=60)
+        await redis.execute_command("REPLICAOF", "NO", "ONE")
+        token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
+        await broker.append(token, changes(2))
+        assert seen(await broker.read(0)) == [1, 2]
+
+
+async def test_a_redis_that_cannot_save_is_told_in_words(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker, Redis.from_url(server.url) as redis:
+        token = await broker.acquire_lease(ttl=60)
+        folder = Path(server.directory) / "vanishing"
+        folder.mkdir()
+        await redis.config_set("dir", str(folder))
+        folder.rmdir()
+        await redis.config_set("save", "3600 1")
+        await redis.bgsave()
+
+        async def refused() -> bool:
+            try:
+                await broker.append(token, [])
+            except BrokerError as error:
+                return "to disk" in str(error)
+            return False
+
+        await eventually(refused)
+
+
+async def test_nobody_there_is_told_at_the_start() -> None:
+    with pytest.raises(BrokerError, match=r"Redis at 127\.0\.0\.1:1 cannot be reached"):
+        async with broker_at("redis://127.0.0.1:1"):
+            pass
+
+
+async def test_a_closed_broker_says_so(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker:
+        pass
+    with pytest.raises(BrokerError, match="closed"):
+        await broker.head()

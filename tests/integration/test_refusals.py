@@ -1,0 +1,236 @@
+"""Bad input: a clear refusal each, one log line at most, and a process that goes on as if nothing had been."""
+
+import asyncio
+import base64
+import json
+import re
+import socket
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import httpx
+import jwt
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from realtime_bridge.sources.postgres import ensure_publication
+from tests.bridges import PUBLICATION, BridgeProcess
+from tests.clients import bearer, open_socket, receive, receive_data
+from tests.services import SECRET, eventually, token
+
+pytestmark = pytest.mark.integration
+
+ADA = str(uuid.UUID(int=1))
+RS_HEADER = base64.urlsafe_b64encode(b'{"alg":"RS256","typ":"JWT"}').rstrip(b"=").decode()
+
+
+@asynccontextmanager
+async def a_bridge(database: str, namespace: str, **settings: str) -> AsyncIterator[BridgeProcess]:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    async with BridgeProcess(database, BRIDGE_SLOT=namespace.replace("-", "_"), **settings) as bridge:
+        yield bridge
+
+
+async def closed_with(
+    url: str, given: str | None, *say: str | bytes, headers: dict[str, str] | None = None, **query: str
+) -> tuple[int, str]:
+    """Connect, say something, and tell with what code and reason the bridge closes."""
+    address = url.replace("http", "ws", 1) + "/ws?" + str(httpx.QueryParams(query))
+    sent = {**({} if given is None else bearer(given)), **(headers or {})}
+    async with connect(address, additional_headers=sent, compression=None) as client, asyncio.timeout(20):
+        for message in say:
+            await client.send(message)
+        try:
+            while True:
+                await client.recv()
+        except ConnectionClosed as closed:
+            assert closed.rcvd is not None
+            return closed.rcvd.code, closed.rcvd.reason
+
+
+async def still_serves(bridge: BridgeProcess, database: str) -> None:
+    async with open_socket(bridge.url, token(ADA)) as client:
+        assert (await receive(client))["type"] == "ready"
+        connection = await asyncpg.connect(database)
+        await connection.execute("insert into posts (user_id, title) values ($1, 'alive')", ADA)
+        await connection.close()
+        assert (await receive_data(client))["record"]["title"] == "alive"
+
+
+def unsigned(**claims: Any) -> str:
+    return jwt.encode({"sub": ADA, "role": "authenticated", "aud": "authenticated", **claims}, None, algorithm="none")
+
+
+async def test_every_bad_request_gets_a_clear_refusal_and_one_line(database: str, namespace: str) -> None:
+    good = token(ADA)
+    refusals: list[tuple[str, int, str, dict[str, Any]]] = [
+        ("garbage token", 4401, "malformed", {"given": "garbage"}),
+        ("no signature", 4401, "algorithm", {"given": unsigned()}),
+        ("foreign secret", 4401, "signature", {"given": token(ADA, secret="x" * 40)}),
+        ("foreign algorithm", 4401, "algorithm", {"given": RS_HEADER + good[good.index(".") :]}),
+        ("expired", 4401, "expired", {"given": token(ADA, ttl=-60)}),
+        ("wrong audience", 4401, "audience", {"given": token(ADA, aud="other")}),
+        ("no subject", 4401, "sub", {"given": token(None)}),
+        ("foreign role", 4403, "role", {"given": token(ADA, role="postgres")}),
+        ("service role", 4403, "role", {"given": token(ADA, role="service_role")}),
+        ("unknown table", 4400, "public.secrets", {"given": good, "table": "public.secrets"}),
+        ("bad table", 4400, "table", {"given": good, "table": "a.b.c"}),
+        ("bad filter", 4400, "filter", {"given": good, "table": "posts", "filter": "title"}),
+        ("unsupported operator", 4400, "like", {"given": good, "table": "posts", "filter": "title=like.%x"}),
+        ("bad events", 4400, "events", {"given": good, "events": "TRUNCATE"}),
+        ("garbage position", 4400, "position", {"given": good, "position": "yesterday"}),
+        ("foreign origin", 4403, "origin", {"given": good, "headers": {"Origin": "https://evil.example"}}),
+        ("not JSON", 4400, "JSON", {"given": good, "say": "{"}),
+        ("not an object", 4400, "type", {"given": good, "say": "[]"}),
+        ("unknown type", 4400, "type", {"given": good, "say": '{"type":"shout"}'}),
+        ("binary", 4400, "", {"given": good, "say": b"\0\1"}),
+        ("oversized", 4413, "", {"given": good, "say": "x" * 70_000}),
+        ("first message is no auth", 4401, "auth", {"given": None, "say": '{"type":"ping"}'}),
+        ("auth without a token", 4401, "token", {"given": None, "say": '{"type":"auth"}'}),
+        ("auth with garbage", 4401, "malformed", {"given": None, "say": '{"type":"auth","token":"x.y"}'}),
+        ("token of another user", 4403, "another", {"given": good, "say": json.dumps({"type": "auth", "token": token(str(uuid.UUID(int=9)))})}),
+    ]  # fmt: skip
+    async with a_bridge(database, namespace) as bridge:
+        for name, code, words, request in refusals:
+            lines = bridge.log.count("\n")
+            say = [request.pop("say")] if "say" in request else []
+            closed = await closed_with(bridge.url, request.pop("given"), *say, **request)
+            assert (closed[0], words in closed[1]) == (code, True), (name, closed)
+            assert bridge.log.count("\n") - lines <= 1, (name, bridge.log)
+        await still_serves(bridge, database)
+        assert not re.search(r"eyJ|garbage|Traceback", bridge.log)
+
+
+async def test_http_refusals_are_problems(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge, httpx.AsyncClient(base_url=bridge.url) as http:
+        good = bearer(token(ADA))
+        for request, status in [
+            ({"url": "/events"}, 401),
+            ({"url": "/events", "headers": bearer("x")}, 401),
+            ({"url": "/events", "headers": bearer(token(ADA, role="postgres"))}, 403),
+            ({"url": "/events?table=public.secrets", "headers": good}, 400),
+            ({"url": "/events?position=x", "headers": good}, 400),
+            ({"url": "/events?wait=-1", "headers": good}, 400),
+            ({"url": "/events?limit=many", "headers": good}, 400),
+            ({"url": "/events?wait=0", "headers": good | {"Origin": "https://evil.example"}}, 403),
+            ({"url": "/posts"}, 401),
+            ({"url": "/posts/999", "headers": good}, 404),
+            ({"url": "/"}, 404),
+        ]:
+            answer = await http.get(**request)  # type: ignore[arg-type]
+            assert answer.status_code == status, (request, answer.text)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert {"type", "title", "status", "detail"} <= set(answer.json())
+
+
+async def test_a_position_of_the_future_or_of_another_history_is_answered_by_a_resync(
+    database: str, namespace: str
+) -> None:
+    async with a_bridge(database, namespace) as bridge, httpx.AsyncClient(headers=bearer(token(ADA))) as http:
+        position = (await http.get(f"{bridge.url}/events?wait=0")).json()["position"]
+        epoch = position.rpartition("-")[0]
+        for wrong in (f"{epoch}-999999", "zzzzzzzz-1"):
+            async with open_socket(bridge.url, token(ADA), position=wrong) as client:
+                assert (await receive(client))["position"] == position
+                message = await receive(client)
+                assert (message["type"], message["reason"]) == ("resync", "history_gone")
+            body = (await http.get(f"{bridge.url}/events?wait=0&position={wrong}")).json()
+            assert [m["reason"] for m in body["messages"]] == ["history_gone"]
+
+
+async def test_invalid_text_on_the_wire_is_refused(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        lines = bridge.log.count("\n")
+        async with open_socket(bridge.url, token(ADA)) as client:
+            await receive(client)
+            await client.send(b"\xff\xfe", text=True)
+            with pytest.raises(ConnectionClosed) as caught:
+                await receive(client)
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1007
+        assert bridge.log.count("\n") - lines <= 1
+        assert "Traceback" not in bridge.log
+
+
+async def test_a_client_that_says_too_much_is_cut_off(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        assert (await closed_with(bridge.url, token(ADA), *['{"type":"ping"}'] * 400))[0] == 4429
+        await still_serves(bridge, database)
+
+
+async def test_a_user_has_so_many_connections_and_no_more(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace, BRIDGE_MAX_CONNECTIONS_PER_USER="2") as bridge:
+        async with open_socket(bridge.url, token(ADA)) as one, open_socket(bridge.url, token(ADA)) as two:
+            await receive(one)
+            await receive(two)
+            assert (await closed_with(bridge.url, token(ADA)))[0] == 4429
+        await eventually(lambda: is_welcome(bridge))
+
+
+async def is_welcome(bridge: BridgeProcess) -> bool:
+    async with open_socket(bridge.url, token(ADA)) as client:
+        try:
+            return (await receive(client))["type"] == "ready"
+        except ConnectionClosed:
+            return False
+
+
+async def test_half_open_sockets_and_broken_handshakes_harm_nobody(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace, BRIDGE_PING_SECONDS="0.5") as bridge:
+        silent = [socket.create_connection(("127.0.0.1", bridge.port)) for _ in range(20)]
+        for i, link in enumerate(silent):
+            link.sendall(
+                [b"", b"GET /ws HT", b"\x16\x03\x01garbage\r\n\r\n", b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\n\r\n"][
+                    i % 4
+                ]
+            )
+        await still_serves(bridge, database)
+        for link in silent:
+            link.close()
+        assert "Traceback" not in bridge.log
+
+
+async def test_a_token_ends_where_it_says_and_a_newer_one_goes_on(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        async with (
+            open_socket(bridge.url, token(ADA, ttl=4)) as ends,
+            open_socket(bridge.url, token(ADA, ttl=4)) as lives,
+        ):
+            for client in (ends, lives):
+                assert (await receive(client))["type"] == "ready"
+                assert (await receive(client))["type"] == "auth_expiring"
+            await lives.send(json.dumps({"type": "auth", "token": token(ADA)}))
+            with pytest.raises(ConnectionClosed) as caught:
+                await receive(ends)
+            assert caught.value.rcvd is not None
+            assert (caught.value.rcvd.code, caught.value.rcvd.reason) == (4401, "token expired")
+            await lives.send('{"type":"ping"}')
+            assert (await receive(lives))["type"] == "pong"
+
+
+async def test_a_token_may_come_four_ways(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        good = token(ADA)
+        async with open_socket(bridge.url, good) as by_header:
+            assert (await receive(by_header))["type"] == "ready"
+        async with open_socket(bridge.url, None, token=good) as by_query:
+            assert (await receive(by_query))["type"] == "ready"
+        async with connect(bridge.socket_url, subprotocols=["bearer", good]) as by_subprotocol:  # type: ignore[list-item]
+            assert (await receive(by_subprotocol))["type"] == "ready"
+            assert by_subprotocol.subprotocol == "bearer"
+        async with open_socket(bridge.url, None) as by_message:
+            await by_message.send(json.dumps({"type": "auth", "token": good}))
+            assert (await receive(by_message))["type"] == "ready"
+        assert good not in bridge.log
+
+
+async def test_several_workers_need_redis(database: str) -> None:
+    bridge = BridgeProcess(database, "--workers", "2")
+    bridge.start()
+    assert await asyncio.to_thread(bridge._process.wait, 20) == 2
+    assert "REDIS_URL is missing" in bridge.log
+    assert "Traceback" not in bridge.log

@@ -1,0 +1,507 @@
+"""The official client against the stand-in on a real database, and the stand-in itself as others use it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import orjson
+import pytest
+from supabase import AsyncClientOptions, acreate_client
+from websockets.asyncio.client import connect
+
+from realtime_bridge.change import ABSENT, Body, Change, Control, Image
+from realtime_bridge.dev.supabase import LocalSupabase
+from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.sources import supabase as source_module
+from realtime_bridge.sources.base import Source, SourceBatch
+from realtime_bridge.sources.supabase import Keys, SupabaseSource, SupabaseStream
+from realtime_bridge.values import encode_image
+from tests.services import SECRET, eventually, token
+
+pytestmark = [
+    pytest.mark.integration,
+    # supabase 2.34.1 hands its own PostgREST client arguments that that client has deprecated.
+    pytest.mark.filterwarnings("ignore:The '(timeout|verify)' parameter is deprecated:DeprecationWarning:supabase"),
+    # realtime 2.34.1 logs a lost connection through properties that websockets has deprecated.
+    pytest.mark.filterwarnings("ignore:ConnectionClosed.(code|reason) is deprecated:DeprecationWarning:websockets"),
+]
+
+SERVICE_KEY = "sb_secret_service"
+ANON_KEY = "sb_publishable_anon"
+GAP = Control("resync", "*", "upstream_gap")
+
+
+def local(dsn: str, *tables: str) -> LocalSupabase:
+    return LocalSupabase(
+        dsn, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key=ANON_KEY, tables=tables or ("public.posts",)
+    )
+
+
+def source_of(supabase: LocalSupabase, *tables: str) -> SupabaseSource:
+    return SupabaseSource(supabase.url, SERVICE_KEY, tables=tables or ("public.posts",))
+
+
+@asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+class Reader:
+    """Takes from a stream until there is enough, within a deadline."""
+
+    def __init__(self, stream: SupabaseStream, supabase: LocalSupabase) -> None:
+        self.supabase = supabase
+        self.batches: list[SourceBatch] = []
+        self._iterator = aiter(stream)
+
+    @property
+    def bodies(self) -> list[Body]:
+        return [without_time(body) for batch in self.batches for body in batch.bodies]
+
+    @property
+    def changes(self) -> list[Change]:
+        return [body for body in self.bodies if isinstance(body, Change)]
+
+    async def next(self) -> SourceBatch:
+        async with asyncio.timeout(15):
+            batch = await anext(self._iterator)
+        assert len(batch.bodies) == len(batch.watermarks)
+        self.batches.append(batch)
+        return batch
+
+    async def until(self, number: int) -> list[Body]:
+        while len(self.bodies) < number:
+            await self.next()
+        return self.bodies
+
+
+@asynccontextmanager
+async def streaming(
+    dsn: str, *tables: str, only: Sequence[str] = (), keys: Keys | None = None
+) -> AsyncIterator[Reader]:
+    """A reader of a stand-in that publishes `tables`; it subscribes to all, or to `only` some."""
+    async with local(dsn, *tables) as supabase:
+        source = SupabaseSource(supabase.url, SERVICE_KEY, tables=only or tables or ("public.posts",), keys=keys)
+        async with source.open(None, owner="test/1") as stream:
+            yield Reader(stream, supabase)
+
+
+def without_time(body: Body) -> Body:
+    return Control(body.kind, body.table, body.reason) if isinstance(body, Control) else body
+
+
+def row(change: Change, image: Image | None) -> Any:
+    return None if image is None else orjson.loads(encode_image(change.relation, image))
+
+
+async def insert(connection: "asyncpg.Connection[asyncpg.Record]", title: str) -> int:
+    number: int = await connection.fetchval(
+        "insert into posts (user_id, title) values ($1, $2) returning id", uuid4(), title
+    )
+    return number
+
+
+async def consumed(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Wait until the stand-in has read, and so forgotten, all that is committed by now."""
+    end = await connection.fetchval("select pg_current_wal_lsn()")
+    passed = "select confirmed_flush_lsn >= $1 from pg_replication_slots where database = current_database()"
+    await eventually(lambda: connection.fetchval(passed, end))
+
+
+def test_it_is_a_source() -> None:
+    source: Source = SupabaseSource("http://127.0.0.1:1", SERVICE_KEY, tables=["public.posts"])
+    assert source.name == "supabase"
+
+
+async def test_insert_update_and_delete_come_with_their_values_in_order(database: str) -> None:
+    async with connected(database) as db, streaming(database) as reader:
+        number = await insert(db, "first")
+        await db.execute("update posts set title = 'second', is_public = true where id = $1", number)
+        await db.execute("delete from posts where id = $1", number)
+        await reader.until(3)
+    created, updated, deleted = reader.changes
+    assert [c.operation for c in reader.changes] == ["INSERT", "UPDATE", "DELETE"]
+    assert created.relation.name == "public.posts"
+    assert created.relation.key == (0,)
+    assert created.old is None
+    assert row(created, created.new)["title"] == "first"
+    assert row(created, created.new)["id"] == number
+    assert (row(updated, updated.old)["title"], row(updated, updated.new)["title"]) == ("first", "second")
+    assert row(updated, updated.new)["is_public"] is True
+    assert deleted.new is None
+    # Row-level security is on: whatever the replica identity, a DELETE brings the key only.
+    assert row(deleted, deleted.old) == {"id": number}
+    assert deleted.old is not None
+    assert deleted.old.count(ABSENT) == len(deleted.old) - 1
+
+
+VALUES = """
+select 1::bigint as id, 9007199254740993 as big, 1.5::numeric as exact, 0.1::float8 as double, 1e20::float8 as far,
+  true as flag, 'a "quoted" é'::text as words, null::text as nothing,
+  '2026-01-02 03:04:05.678912+00'::timestamptz as at,
+  '2026-01-02 03:04:05'::timestamp as naive, '2026-01-02'::date as day, '{"a": [1, null, {"b": "c"}]}'::jsonb as doc,
+  '{1,NULL,3}'::int[] as numbers, array['x y', '', 'NULL', null, 'a"b\\c'] as names, '{{1,2},{3,4}}'::int[] as matrix,
+  '\\x0102ff'::bytea as bytes, array['\\x01'::bytea] as many, '1 day 02:03:04'::interval as span,
+  'infinity'::timestamptz as never, '0044-03-15 12:00:00+00 BC'::timestamptz as ides, 'NaN'::numeric as nan,
+  '[1,5)'::int4range as range, array['2026-01-02 03:04:05+00'::timestamptz] as times
+"""
+
+
+async def test_values_of_every_kind_have_the_texts_that_postgres_writes(database: str) -> None:
+    async with connected(database) as db:
+        await db.execute(f"create table kinds as {VALUES}; alter table kinds add primary key (id); truncate kinds")
+        async with streaming(database, "public.kinds") as reader:
+            await db.execute(f"insert into kinds {VALUES}")
+            await reader.until(1)
+        await db.execute("set timezone = 'UTC'")
+        (change,) = reader.changes
+        texts = [f'"{column.name}"::text' for column in change.relation.columns]
+        (expected,) = await db.fetch(f"select {', '.join(texts)} from kinds")
+    received = dict(zip(change.relation.index, change.new or (), strict=True))
+    # json's text is compact where jsonb's has spaces; every other text is what the output function writes.
+    assert received.pop("doc") == '{"a":[1,null,{"b":"c"}]}'
+    wanted = dict(zip(change.relation.index, expected, strict=True))
+    wanted.pop("doc")
+    assert (received.pop("flag"), wanted.pop("flag")) == ("t", "true")  # the cast to text alone spells it out
+    assert received == wanted
+
+
+async def test_a_table_without_secured_rows_teaches_its_key_by_an_old_row(database: str) -> None:
+    async with connected(database) as db:
+        await db.execute("create table pairs (a int, b int, id int, primary key (a, b))")
+        async with streaming(database, "public.pairs") as reader:
+            await db.execute("insert into pairs values (1, 2, 3)")
+            await db.execute("update pairs set a = 5")
+            await db.execute("delete from pairs")
+            created, control, updated, deleted = await reader.until(4)
+    assert isinstance(created, Change)
+    assert isinstance(updated, Change)
+    assert isinstance(deleted, Change)
+    assert created.relation.key == (2,)
+    assert control == Control("catalog", "public.pairs")
+    assert updated.relation.key == (0, 1)
+    assert (updated.old, updated.new) == (("1", "2", ABSENT), ("5", "2", "3"))
+    assert deleted.old == ("5", "2", ABSENT)
+
+
+async def test_keys_are_looked_up_where_they_can_be(database: str) -> None:
+    asked: list[str] = []
+
+    async def keys(table: str) -> list[str]:
+        asked.append(table)
+        return ["b", "a"]
+
+    async with connected(database) as db:
+        await db.execute("create table pairs (a int, b int, id int, primary key (a, b))")
+        async with streaming(database, "public.pairs", keys=keys) as reader:
+            await db.execute("insert into pairs values (1, 2, 3), (4, 5, 6)")
+            await reader.until(2)
+    assert [change.relation.key for change in reader.changes] == [(0, 1), (0, 1)]
+    assert asked == ["public.pairs"]
+
+
+async def test_a_new_column_is_told_before_the_row_that_has_it(database: str) -> None:
+    async with connected(database) as db, streaming(database) as reader:
+        await insert(db, "before")
+        await db.execute("alter table posts add column mood text")
+        await insert(db, "after")
+        before, control, after = await reader.until(3)
+    assert control == Control("catalog", "public.posts")
+    assert isinstance(before, Change)
+    assert isinstance(after, Change)
+    assert len(after.relation.columns) == len(before.relation.columns) + 1
+
+
+async def test_a_table_whose_name_only_looks_alike_stays_away(database: str) -> None:
+    async with connected(database) as db:
+        await db.execute("create table my_posts (id int primary key); create table myxposts (id int primary key)")
+        async with streaming(database, "public.my_posts", "public.myxposts", only=("public.my_posts",)) as reader:
+            await db.execute("insert into myxposts values (1)")
+            await db.execute("insert into my_posts values (2)")
+            await reader.until(1)
+    assert [change.new for change in reader.changes] == [("2",)]
+
+
+async def test_a_history_that_goes_on_begins_with_a_resync(database: str) -> None:
+    async with local(database) as supabase:
+        source = source_of(supabase)
+        async with source.open(None, owner="test/1") as stream:
+            first = await Reader(stream, supabase).next()
+        assert (first.bodies, bool(first.watermark)) == ((), True)
+        async with source.open(first.watermark, owner="test/2") as stream:
+            reader = Reader(stream, supabase)
+            await reader.next()
+            assert reader.bodies == [GAP]
+
+
+async def test_a_repeated_subscription_is_one_resync_behind_what_came_before(database: str) -> None:
+    async with connected(database) as db, streaming(database) as reader:
+        await insert(db, "before")
+        await reader.until(1)
+        await reader.supabase.resubscribe()
+        await reader.supabase.resubscribe()
+        await reader.until(2)
+        await insert(db, "after")
+        _, control, _ = await reader.until(3)
+    assert control == GAP
+    assert [row(change, change.new)["title"] for change in reader.changes] == ["before", "after"]
+
+
+@pytest.mark.parametrize("code", [1000, 1011, 1012])
+async def test_a_dropped_connection_ends_the_stream_and_the_next_begins_with_a_resync(database: str, code: int) -> None:
+    async with local(database) as supabase, connected(database) as db:
+        source = source_of(supabase)
+        async with source.open(None, owner="test/1") as stream:
+            reader = Reader(stream, supabase)
+            await insert(db, "before")
+            await reader.until(1)
+            await supabase.drop_connections(code)
+            await insert(db, "lost")
+            await consumed(db)
+            with pytest.raises(SourceError, match="CHANNEL_ERROR"):
+                await reader.until(2)
+        async with source.open(reader.batches[-1].watermark, owner="test/2") as stream:
+            again = Reader(stream, supabase)
+            await again.until(1)
+            await insert(db, "after")
+            control, change = await again.until(2)
+    assert control == GAP
+    assert isinstance(change, Change)
+    assert row(change, change.new)["title"] == "after"
+
+
+async def test_an_error_in_place_of_a_row_is_a_resync_and_its_row_reaches_no_log(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(database) as db:
+        await db.execute("create table heap (secret text); create table tidy (id int primary key)")
+        async with streaming(database, "public.heap", "public.tidy") as reader:
+            await db.execute("insert into heap values ('hush')")  # no key: the real server sends an error instead
+            await reader.until(1)
+            await db.execute("insert into tidy values (1)")
+            control, change = await reader.until(2)
+    assert control == GAP
+    assert isinstance(change, Change)
+    assert "Unrecognized" not in caplog.text
+
+
+async def test_a_change_that_is_too_large_is_a_resync_of_its_table_and_the_rest_goes_on(database: str) -> None:
+    async with connected(database) as db, streaming(database) as reader:
+        await insert(db, "x" * 1_100_000)
+        await reader.until(1)
+        await insert(db, "after")
+        control, change = await reader.until(2)
+    assert control == Control("resync", "public.posts", "upstream_gap")
+    assert isinstance(change, Change)
+    assert row(change, change.new)["title"] == "after"
+
+
+async def test_more_changes_than_may_wait_are_a_resync_of_the_table(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "MOST_WAITING", 2)
+    async with connected(database) as db, streaming(database) as reader:
+        await db.execute("insert into posts (user_id, title) select $1, n::text from generate_series(1, 9) n", uuid4())
+        bodies = await reader.until(3)
+    assert [type(body) for body in bodies] == [Change, Change, Control]
+    assert bodies[2] == Control("resync", "public.posts", "upstream_gap")
+
+
+async def test_an_answered_heartbeat_proves_the_time_before_it(database: str) -> None:
+    async with local(database) as supabase, source_of(supabase).open(None, owner="test/1") as stream:
+        reader = Reader(stream, supabase)
+        while reader.batches == [] or reader.batches[-1].proven_until is None:
+            await reader.next()
+        assert reader.batches[0].proven_until is None
+
+
+class Relay:
+    """A road to a server that can be frozen: nothing comes back any more, and nothing is closed."""
+
+    def __init__(self, url: str) -> None:
+        self._target = urlsplit(url).port
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+
+    def freeze(self) -> None:
+        self._flowing.clear()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        async with await asyncio.start_server(self._connect, "127.0.0.1", 0) as server:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            self._flowing.set()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65_536):
+            await self._flowing.wait()
+            target.write(data)
+        target.close()
+
+
+async def test_a_server_that_falls_silent_ends_the_stream(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "SILENCE_SECONDS", 0.2)
+    async with local(database) as supabase:
+        relay = Relay(supabase.url)
+        async with relay.serving() as url:
+            source = SupabaseSource(url, SERVICE_KEY, tables=["public.posts"])
+            async with source.open(None, owner="test/1") as stream:
+                relay.freeze()
+                with pytest.raises(SourceError, match="heartbeat"):
+                    await Reader(stream, supabase).until(1)
+
+
+async def test_a_refused_key_is_a_matter_of_configuration(database: str) -> None:
+    async with local(database) as supabase:
+        await source_of(supabase).check()
+        with pytest.raises(ConfigurationError, match="SUPABASE_KEY"):
+            await SupabaseSource(supabase.url, "wrong", tables=["public.posts"]).check()
+
+
+async def test_a_subscription_that_the_server_refuses_is_told(database: str) -> None:
+    async with local(database) as supabase:
+        with pytest.raises(SourceError, match="only the service key"):
+            await SupabaseSource(supabase.url, ANON_KEY, tables=["public.posts"]).check()
+        with pytest.raises(SourceError, match="check Realtime is enabled"):
+            await source_of(supabase, "public.absent").check()
+
+
+async def test_an_address_where_nobody_listens_is_told() -> None:
+    with pytest.raises(SourceError, match="cannot be reached"):
+        await SupabaseSource("http://127.0.0.1:1", SERVICE_KEY, tables=["public.posts"]).check()
+    with pytest.raises(ConfigurationError, match="SUPABASE_URL"):
+        await SupabaseSource("nonsense", SERVICE_KEY, tables=["public.posts"]).check()
+
+
+async def test_the_stand_in_speaks_the_second_version_of_the_protocol(database: str) -> None:
+    async with local(database) as supabase, connected(database) as db:
+        address = supabase.url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={SERVICE_KEY}&vsn=2.0.0"
+        async with connect(address) as client, asyncio.timeout(10):
+            binding = {"event": "INSERT", "schema": "public", "table": "posts"}
+            config = {"config": {"postgres_changes": [binding]}}
+            await client.send(orjson.dumps(["1", "1", "realtime:room", "phx_join", config]).decode())
+            reply = orjson.loads(await client.recv())
+            (answered,) = reply[4]["response"]["postgres_changes"]
+            assert reply[:4] == ["1", "1", "realtime:room", "phx_reply"]
+            assert answered == {**binding, "id": answered["id"]}
+            assert orjson.loads(await client.recv())[4]["message"] == "Subscribed to PostgreSQL"
+            number = await insert(db, "hello")
+            *head, payload = orjson.loads(await client.recv())
+            assert head == [None, None, "realtime:room", "postgres_changes"]
+            assert payload["ids"] == [answered["id"]]
+            assert payload["data"]["record"]["id"] == number
+            assert payload["data"].keys() == {
+                "schema",
+                "table",
+                "commit_timestamp",
+                "type",
+                "errors",
+                "columns",
+                "record",
+            }
+            await client.send(orjson.dumps([None, "2", "phoenix", "heartbeat", {}]).decode())
+            assert orjson.loads(await client.recv()) == [
+                None,
+                "2",
+                "phoenix",
+                "phx_reply",
+                {"status": "ok", "response": {}},
+            ]
+            await client.send(orjson.dumps(["1", "3", "realtime:room", "phx_leave", {}]).decode())
+            assert orjson.loads(await client.recv())[3] == "phx_reply"
+            assert orjson.loads(await client.recv()) == ["1", "1", "realtime:room", "phx_close", {}]
+
+
+async def test_the_stand_in_reads_tables_for_the_service_key_alone(database: str) -> None:
+    async with local(database) as supabase, connected(database) as db:
+        numbers = [await insert(db, title) for title in ("a", "b,c", "d")]
+        options = AsyncClientOptions(auto_refresh_token=False, persist_session=False)
+        client = await acreate_client(supabase.url, SERVICE_KEY, options)
+        posts = client.table("posts")
+        every = await posts.select("*").order("id", desc=True).limit(2).execute()
+        assert [post["id"] for post in every.data] == numbers[:0:-1]  # type: ignore[index,call-overload]
+        some = await client.table("posts").select("*").gt("id", numbers[0]).in_("title", ["a", "b,c"]).execute()
+        assert [post["title"] for post in some.data] == ["b,c"]  # type: ignore[index,call-overload]
+        await client.postgrest.aclose()
+        await client.auth.close()
+        async with httpx.AsyncClient(base_url=supabase.url) as http:
+            refused = await http.get("/rest/v1/posts", headers={"apikey": ANON_KEY})
+            absent = await http.get("/rest/v1/absent", headers={"apikey": SERVICE_KEY})
+            wrong = await http.get("/rest/v1/posts?id=eq.x", headers={"apikey": SERVICE_KEY})
+        assert [refused.status_code, absent.status_code, wrong.status_code] == [401, 404, 400]
+
+
+async def test_the_stand_in_knows_users_by_their_tokens(database: str) -> None:
+    subject = str(uuid4())
+    async with local(database) as supabase, httpx.AsyncClient(base_url=supabase.url) as http:
+        client = await acreate_client(supabase.url, ANON_KEY, AsyncClientOptions(auto_refresh_token=False))
+        known = await client.auth.get_user(token(subject, email="a@example.com"))
+        await client.auth.close()
+        unknown = await http.get("/auth/v1/user", headers={"Authorization": "Bearer x.y.z"})
+        keys = await http.get("/auth/v1/.well-known/jwks.json")
+    assert known is not None
+    assert (known.user.id, known.user.email) == (subject, "a@example.com")
+    assert (unknown.status_code, keys.json()) == (401, {"keys": []})
+
+
+async def test_the_stand_in_closes_the_earlier_of_two_joins_as_the_real_server_does(database: str) -> None:
+    join = {"topic": "realtime:room", "event": "phx_join", "payload": {"config": {}}}
+    async with local(database) as supabase:
+        address = supabase.url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={ANON_KEY}"
+        async with connect(address) as client, asyncio.timeout(10):
+            await client.send("not a frame")
+            await client.send(orjson.dumps({**join, "ref": "0", "event": "presence"}).decode())
+            for ref in ("1", "2"):
+                await client.send(orjson.dumps({**join, "ref": ref}).decode())
+            await client.send(orjson.dumps({**join, "ref": "3", "topic": "elsewhere"}).decode())
+            frames = [orjson.loads(await client.recv()) for _ in range(5)]
+    assert [(frame["event"], frame["ref"]) for frame in frames] == [
+        ("phx_reply", "0"),
+        ("phx_reply", "1"),
+        ("phx_reply", "2"),
+        ("phx_close", "1"),
+        ("phx_reply", "3"),
+    ]
+    assert [frame["payload"].get("status") for frame in frames] == ["error", "ok", "ok", None, "error"]
+
+
+async def test_the_stand_in_subscribes_again_for_a_new_token_and_closes_for_a_worse_one(database: str) -> None:
+    async with local(database) as supabase:
+        address = supabase.url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={ANON_KEY}&vsn=2.0.0"
+        async with connect(address) as client, asyncio.timeout(10):
+            config = {"postgres_changes": [{"event": "*", "schema": "public", "table": "posts"}]}
+            payload = {"config": config, "access_token": token(None, role="service_role")}
+            await client.send(orjson.dumps(["1", "1", "realtime:room", "phx_join", payload]).decode())
+            for text in (SERVICE_KEY, SERVICE_KEY, ANON_KEY):
+                refresh = {"access_token": text}
+                await client.send(orjson.dumps(["1", None, "realtime:room", "access_token", refresh]).decode())
+            frames = [orjson.loads(await client.recv()) for _ in range(5)]
+    assert [frame[3] for frame in frames] == ["phx_reply", "system", "system", "system", "phx_close"]
+    assert [frame[4]["status"] for frame in frames[1:4]] == ["error", "ok", "error"]
+
+
+async def test_the_stand_in_leaves_no_slot_behind(database: str) -> None:
+    async with connected(database) as db:
+        async with local(database):
+            assert (
+                await db.fetchval("select count(*) from pg_replication_slots where database = current_database()") == 1
+            )
+
+        async def gone() -> bool:
+            slots = "select count(*) from pg_replication_slots where database = current_database()"
+            return bool(await db.fetchval(slots) == 0)
+
+        await eventually(gone)
