@@ -76,6 +76,8 @@ class Bridge:
         settings.require()
         self.settings = settings
         self.verifier = make_verifier(settings)
+        if self.verifier.weak_secret:
+            logger.warning("SUPABASE_JWT_SECRET is shorter than 32 bytes and can be guessed")
         self.metrics = Metrics(self._readings)
         self._running: Running | None = None
 

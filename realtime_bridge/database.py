@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -252,21 +252,20 @@ async def _is_pooled(dsn: str) -> bool:
     Postgres tells every connection the process id by which to cancel its queries, and it is that of the backend;
     a pooler tells one of its own making. It cannot be proven from outside that a pooler gives the same backend for
     longer than a transaction, so all are taken for transaction poolers. Two connections are asked, since a made-up id
-    may happen to be right, and since the same backend behind both is another proof.
+    may happen to be right.
     """
-    async with AsyncExitStack() as stack:
-        backends = []
-        for _ in range(2):
-            connection = await asyncpg.connect(
-                dsn, timeout=_CONNECT_SECONDS, command_timeout=_CONNECT_SECONDS, statement_cache_size=0
-            )
-            stack.push_async_callback(connection.close, timeout=_CONNECT_SECONDS)
+    for _ in range(2):
+        connection = await asyncpg.connect(
+            dsn, timeout=_CONNECT_SECONDS, command_timeout=_CONNECT_SECONDS, statement_cache_size=0
+        )
+        try:
             async with connection.transaction():
                 backend = await connection.fetchval("select pg_backend_pid()")
             if backend != connection.get_server_pid():
                 return True
-            backends.append(backend)
-        return bool(backends[0] == backends[1])
+        finally:
+            await connection.close(timeout=_CONNECT_SECONDS)
+    return False
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -63,5 +63,6 @@ def configure(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for name in ("httpx", "httpcore", "realtime", "websockets", "hpack", "h2"):
+    # uvicorn tells two lines a WebSocket; one is the most that a connection may cost, and the bridge writes its own.
+    for name in ("uvicorn", "httpx", "httpcore", "realtime", "websockets", "hpack", "h2"):
         logging.getLogger(name).setLevel(logging.WARNING)

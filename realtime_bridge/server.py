@@ -39,7 +39,8 @@ class BridgeServer(Server):
         await super().shutdown(sockets)
 
 
-def run_workers(config: Config) -> None:
+def run_workers(config: Config, *, started: Callable[[int], None]) -> None:
     """Several processes that share one listening socket, started again when they die, until a signal."""
     listening = config.bind_socket()
+    started(listening.getsockname()[1])
     Multiprocess(config, sockets=[listening]).run()

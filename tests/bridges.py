@@ -30,7 +30,7 @@ class BridgeProcess:
     def __init__(self, database: str, *arguments: str, port: int = 0, **settings: str) -> None:
         self._environment = environment(database, **settings)
         self._arguments = arguments
-        self._folder = TemporaryDirectory(prefix="bridge-test-")
+        self._folder = TemporaryDirectory(prefix="bridge-test-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "log")
         self.port = port
 
@@ -80,6 +80,15 @@ class BridgeProcess:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def run(self, timeout: float = 30) -> int:
+        """Start it where it is expected to end by itself: the exit status."""
+        self.start()
+        try:
+            return self._process.wait(timeout)
+        finally:
+            self._process.kill()
+            self._process.wait(5)
+
     def stop(self, timeout: float = 15) -> int:
         """SIGTERM, and the exit status."""
         self._process.send_signal(signal.SIGTERM)
@@ -88,6 +97,10 @@ class BridgeProcess:
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(5)
+
+    def forget(self) -> None:
+        """Remove its folder, log and all. Leaving the block does it, too."""
+        self._folder.cleanup()
 
     async def __aenter__(self) -> Self:
         self.start()
@@ -111,4 +124,4 @@ class BridgeProcess:
                 self._process.wait(5)
         if kind is not None:
             sys.stderr.write(f"--- log of the bridge on port {self.port} ---\n{self.log[-8000:]}\n")
-        self._folder.cleanup()
+        self.forget()

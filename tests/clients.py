@@ -101,7 +101,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def open_socket(url: str, token: str | None, **query: str | None) -> AsyncIterator[ClientConnection]:
+async def open_socket(url: str, token: str | None, /, **query: str | None) -> AsyncIterator[ClientConnection]:
     """A WebSocket to `/ws`, with a token in its header."""
     given = {name: value for name, value in query.items() if value is not None}
     address = url.replace("http", "ws", 1) + "/ws" + (f"?{urlencode(given)}" if given else "")

@@ -2,7 +2,7 @@
 
 To add one: write a function of the same arguments as its neighbours and name it in the tuple.
 
-Layer: whole. May import: values, checks.*.
+Layer: whole. May import: checks.*.
 """
 
 import re
@@ -10,12 +10,12 @@ from typing import Final
 
 from realtime_bridge.checks.facts import Access, Facts, Role, Table, quote
 from realtime_bridge.checks.finding import Outcome, ok, problem, softened, warning
-from realtime_bridge.values import encoder_of
 
 _OWNER_COLUMNS: Final = ("user_id", "owner_id", "author_id", "profile_id", "created_by", "owner", "user")
 _AUTH_FUNCTION: Final = re.compile(r"\bauth\.([a-z_]+)\s*\(\s*\)")
 _GENERATED_COLUMNS_FROM: Final = 180_000
-_WRITTEN_AS_TEXT: Final = {"b": frozenset({"hstore", "geometry", "geography", "vector"}), "c": None}
+_STRUCTURED: Final = frozenset({"hstore", "geometry", "geography"})
+"""Types of extensions that `to_jsonb` makes objects of, by a cast of their own."""
 
 # -- a table -----------------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def columns(facts: Facts, about: Table) -> Outcome:
 
 
 def column_types(facts: Facts, about: Table) -> Outcome | None:
-    texts = [f"{column.name} ({column.type.removeprefix('_')})" for column in about.columns if _is_structured(column)]
+    texts = [f"{c.name} ({c.type})" for c in about.columns if c.kind == "c" or c.type in _STRUCTURED]
     if not texts:
         return None
     return ok(f"Columns of {about.name} reach clients as Postgres writes them, in one string: {', '.join(texts)}.")
@@ -137,3 +137,129 @@ def _sent(facts: Facts, about: Table, column: str) -> bool:
 def _publish_whole(facts: Facts, about: Table) -> str:
     alter = f"ALTER PUBLICATION {facts.sql_publication}"
     return f"{alter} DROP TABLE {about.sql_name}; {alter} ADD TABLE {about.sql_name};"
+
+
+TABLE_CHECKS: Final = (
+    primary_key,
+    replica_identity,
+    published,
+    row_filter,
+    columns,
+    column_types,
+    row_level_security,
+    auth_functions,
+)
+"""Of a table that exists: `table` comes first."""
+
+# -- a role ------------------------------------------------------------------------------------------------------------
+
+
+def role(facts: Facts, about: Role) -> Outcome:
+    return _for(about.name, facts, _role(facts, about))
+
+
+def _role(facts: Facts, about: Role) -> Outcome:
+    name, login = quote(about.name), quote(facts.server.role)
+    if not about.exists:
+        return problem(
+            f"BRIDGE_ROLES: there is no role {about.name}.",
+            f"CREATE ROLE {name} NOLOGIN NOINHERIT; GRANT {name} TO {login};",
+        )
+    if not about.takeable:
+        return problem(
+            f"The login role {facts.server.role} may not take the role {about.name}, so nothing can be asked as it.",
+            f"GRANT {name} TO {login};",
+        )
+    if about.exempt:
+        return warning(
+            f"BRIDGE_ROLES: no policy binds {about.name} ({about.exempt}): whoever has a token of that role sees "
+            "every row."
+        )
+    owned = [table.name for table in facts.tables if (access := table.access.get(about.name)) and access.owner]
+    if owned:
+        return warning(
+            f"BRIDGE_ROLES: {about.name} owns {', '.join(owned)}, whose policies do not bind it: it sees every row.",
+            " ".join(
+                f"ALTER TABLE {table.sql_name} FORCE ROW LEVEL SECURITY;"
+                for table in facts.tables
+                if table.name in owned
+            ),
+        )
+    return ok(f"{about.name} is there, and policies bind it.")
+
+
+ROLE_CHECKS: Final = (role,)
+
+# -- a role on a table -------------------------------------------------------------------------------------------------
+
+
+def policy(facts: Facts, about: Table, who: Role, access: Access) -> Outcome | None:
+    if about.rule is not None or who.exempt or access.owner:
+        return None
+    if access.policies:
+        return ok(f"{who.name} reads {about.name} by: {', '.join(access.policies)}.")
+    return _for(
+        who.name,
+        facts,
+        problem(
+            f"No policy lets {who.name} read {about.name}, so it gets no change of it.", _owners_policy(about, who)
+        ),
+    )
+
+
+def grant(facts: Facts, about: Table, who: Role, access: Access) -> Outcome:
+    missing = []
+    if not access.schema_usage:
+        missing.append(f"GRANT USAGE ON SCHEMA {about.sql_schema} TO {quote(who.name)};")
+    if not access.select:
+        missing.append(f"GRANT SELECT ON {about.sql_name} TO {quote(who.name)};")
+    if not missing:
+        return ok(f"{who.name} may read {about.name}.")
+    lacks = f"SELECT on the whole of {about.name}" if access.schema_usage else f"USAGE of the schema of {about.name}"
+    return _for(who.name, facts, problem(f"{who.name} lacks {lacks}, so it gets no change of it.", " ".join(missing)))
+
+
+ACCESS_CHECKS: Final = (policy, grant)
+
+
+def may_see(about: Table, who: Role, access: Access) -> bool:
+    """Whether anything is left to decide: grants and policies do not shut the role out beforehand."""
+    if not (access.schema_usage and access.select):
+        return False
+    unbound = bool(who.exempt) or access.owner
+    return about.rule is not None or (about.row_security and (unbound or bool(access.policies)))
+
+
+def decision(facts: Facts, about: Table, who: Role, refusal: str | None) -> Outcome:
+    """Whether this version can decide by the policies; runs where `may_see`.
+
+    Args:
+        facts: all of them.
+        about: the table.
+        who: the role.
+        refusal: why the policy engine refuses, if it does.
+    """
+    if refusal is None:
+        return ok(f"The bridge can decide which rows of {about.name} {who.name} sees.")
+    policies = "; ".join(f"{name}: {text}" for name, text in about.policies.items() if about.rule is None)
+    return problem(
+        f"{refusal[:1].upper()}{refusal[1:]}. Write it another way, or give a rule in BRIDGE_POLICIES"
+        f"{f' (now: {policies})' if policies else ''}."
+    )
+
+
+def _owners_policy(about: Table, who: Role) -> str:
+    """The commonest policy, if the table has a column for it; `check` cannot know what else is meant."""
+    uuids = {column.name for column in about.columns if column.type == "uuid"}
+    owner = next((name for name in _OWNER_COLUMNS if name in uuids), None)
+    if owner is None:
+        return f"CREATE POLICY … ON {about.sql_name} FOR SELECT TO {quote(who.name)} USING (…)"
+    return (
+        f'CREATE POLICY "{who.name} reads its own" ON {about.sql_name} FOR SELECT TO {quote(who.name)} '
+        f"USING ((SELECT auth.uid()) = {quote(owner)});"
+    )
+
+
+def _for(name: str, facts: Facts, outcome: Outcome) -> Outcome:
+    """Shutting out who is not signed in is often meant: no problem as long as other roles may connect."""
+    return softened(outcome) if name == "anon" and len(facts.roles) > 1 else outcome

@@ -1,21 +1,15 @@
 """`realtime-bridge dev`: everything on this machine, for a look and for development. `make demo` runs it."""
 
-from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 
-class SourceName(str, Enum):
-    """Where changes come from."""
-
-    POSTGRES = "postgres"
-    SUPABASE = "supabase"
-
-
 def dev(
     port: Annotated[int, typer.Option(help="Port of the page; 0 lets the system pick.", min=0, max=65535)] = 8000,
-    source: Annotated[SourceName, typer.Option(help="Where changes come from.")] = SourceName.POSTGRES,
+    source: Annotated[
+        Literal["postgres", "supabase"], typer.Option(help="Where changes come from; supabase starts a local stand-in.")
+    ] = "postgres",
     redis: Annotated[bool, typer.Option("--redis", help="Two bridges that share an embedded Valkey.")] = False,
     no_writer: Annotated[bool, typer.Option("--no-writer", help="Leave the table empty and still.")] = False,
     users: Annotated[int, typer.Option(help="How many sample users.", min=1, max=100)] = 2,
@@ -26,4 +20,4 @@ def dev(
     """Run a Postgres with sample data, the bridge, and a page to watch it on, until Ctrl-C. Leaves nothing behind."""
     from realtime_bridge.dev.runner import Options, run  # the other commands start without it
 
-    run(Options(port, source.value, redis=redis, writer=not no_writer, users=users, print_env=print_env))
+    run(Options(port, source, redis=redis, writer=not no_writer, users=users, print_env=print_env))

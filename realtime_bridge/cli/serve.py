@@ -33,14 +33,14 @@ def serve(
         )
     asyncio.run(preflight(settings))
     config = server_config(settings, host=host, port=port, workers=workers)
+
+    def started(bound: int) -> None:
+        logger.info("listening", extra={"url": f"http://{host}:{bound}", "port": bound})
+
     if workers > 1:
-        run_workers(config)
+        run_workers(config, started=started)
     else:
-        BridgeServer(config, started=lambda port: _listening(host, port)).run()
-
-
-def _listening(host: str, port: int) -> None:
-    logger.info("listening", extra={"url": f"http://{host}:{port}", "port": port})
+        BridgeServer(config, started=started).run()
 
 
 def server_config(settings: Settings, *, host: str, port: int, workers: int = 1) -> Config:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import orjson
 
@@ -48,15 +48,14 @@ class BridgeChild:
     """One bridge. Entering starts it, which takes a second; leaving ends it, in order if there is time.
 
     Args:
-        name: for people.
         listener: where it serves; closed here once the child has it.
         environment: its settings, beside the environment of this process.
         users: how many sample users its page shows.
     """
 
-    def __init__(self, name: str, listener: socket.socket, environment: Mapping[str, str], *, users: int) -> None:
-        self.name = name
+    def __init__(self, listener: socket.socket, environment: Mapping[str, str], *, users: int) -> None:
         self.port: int = listener.getsockname()[1]
+        self.name = f"the bridge on port {self.port}"
         self._listener = listener
         self._environment = environment
         self._users = users
@@ -95,11 +94,8 @@ class BridgeChild:
     async def __aexit__(self, *exc_info: object) -> None:
         try:
             self.terminate()
-            async with asyncio.timeout(STOP_SECONDS):
-                while not self.has_ended:
-                    await asyncio.sleep(_POLL_SECONDS)
-        except TimeoutError:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
         finally:
             self._folder.__exit__()  # kills what is left
             self._process.wait()
@@ -118,7 +114,7 @@ class BridgeChild:
         problem = "it does not answer"
         try:
             async with asyncio.timeout(START_SECONDS):
-                while problem := await self._problem():
+                while problem := await self._problem():  # noqa: ASYNC110  (it is another process)
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             raise ServerDiedError(f"{self.name} is not ready after {START_SECONDS:.0f} s: {problem}") from None
@@ -126,7 +122,7 @@ class BridgeChild:
     async def _problem(self) -> str:
         """Why it is not ready; empty once it is."""
         if self.has_ended:
-            raise ServerDiedError(death_notice(self.name, self.log))
+            raise ServerDiedError(f"{self.name} did not start")
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 status, body = await _get(self.port, "/readyz")
@@ -134,17 +130,12 @@ class BridgeChild:
             return "it does not answer"
         if status == HTTPStatus.OK:
             return ""
-        checks: Mapping[str, Mapping[str, str]] = body.get("checks", {})
+        checks = body.get("checks", {})
         reasons = [f"{name}: {check['reason']}" for name, check in checks.items() if not check["ok"]]
         return "; ".join(reasons) or str(body.get("detail", status))
 
 
-def death_notice(name: str, log: str) -> str:
-    """One sentence on a part that has ended, with the end of its log."""
-    return f"{name} has ended: {' | '.join(log.splitlines()[-3:]) or 'it said nothing'}"
-
-
-async def _get(port: int, path: str) -> tuple[int, dict[str, dict[str, dict[str, str]]]]:
+async def _get(port: int, path: str) -> tuple[int, dict[str, Any]]:
     """Ask a server on this machine for JSON."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

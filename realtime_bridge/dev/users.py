@@ -11,6 +11,7 @@ from realtime_bridge.claims import Claims
 from realtime_bridge.cli.token import make_token
 
 TOKEN_SECONDS: Final = 86_400
+KEY_SECONDS: Final = 10 * 365 * 86_400
 _ROLE: Final = "authenticated"
 _NAMES: Final = ("ada", "bob", "cleo", "dan", "eve", "finn", "gwen", "hugo")
 
@@ -50,3 +51,8 @@ def sample_users(count: int) -> list[SampleUser]:
     """The first so many of them."""
     names = [*_NAMES, *(f"user{number}" for number in range(len(_NAMES) + 1, count + 1))]
     return [SampleUser(f"{name}@example.com") for name in names[:count]]
+
+
+def api_key(secret: str, role: str) -> str:
+    """A project's key of role `anon` or `service_role`, in the form of a token, as Supabase's older ones are."""
+    return make_token(secret, None, role=role, ttl=KEY_SECONDS)

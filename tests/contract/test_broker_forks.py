@@ -215,9 +215,10 @@ async def test_after_any_failovers_a_follower_holds_exactly_the_history(
     chance = random.Random(seed)
     async with store_of(redis_url, namespace) as store, open_redis(redis_url, namespace, 2) as [leader, other]:
         token = await leader.acquire_lease(ttl=60)
+        fail_over: Restore | None = None
         async with other.follow() as updates:
             copy: list[int] = []
-            number, fail_over = 0, await store.replicate()
+            number = 0
             for _ in range(25):
                 step = chance.choice(["append", "append", "append", "replicate", "fail over", "follow"])
                 if step == "append":

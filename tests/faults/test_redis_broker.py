@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -13,7 +12,7 @@ from realtime_bridge.broker.base import Update
 from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Position
 from realtime_bridge.dev.engines import EmbeddedValkey
-from realtime_bridge.errors import BridgeError, BrokerError, ForkError, HistoryGoneError, LeaseLostError
+from realtime_bridge.errors import BrokerError, HistoryGoneError, LeaseLostError
 from tests.contract.brokers import LIMITS, changes, entries_up_to, news, seen, update
 from tests.services import eventually, running
 
@@ -45,10 +44,13 @@ async def following(broker: RedisBroker) -> AsyncIterator[AsyncIterator[Update]]
 
 async def until_broken(updates: AsyncIterator[Update]) -> None:
     """The follower says so within the time after which a reader may think it deaf."""
+
+    async def read_on() -> None:
+        async for _ in updates:
+            pass
+
     with pytest.raises(BrokerError):
-        async with asyncio.timeout(6):
-            async for _ in updates:
-                pass
+        await asyncio.wait_for(read_on(), 6)
 
 
 async def reachable(broker: RedisBroker) -> bool:
@@ -199,8 +201,7 @@ async def lead(broker: RedisBroker, done: asyncio.Event) -> None:
                 await broker.append(token, changes(number + 1), watermark=str(number + 1))
                 number += 1
                 await asyncio.sleep(0.005)
-        except BridgeError as error:
-            assert not isinstance(error, ForkError)
+        except (BrokerError, LeaseLostError):
             await asyncio.sleep(0.05)
 
 
@@ -230,9 +231,9 @@ async def settled(broker: RedisBroker) -> int:
 
 async def test_a_wrong_password_is_told_without_it() -> None:
     with running(EmbeddedValkey(options={"requirepass": "hunter2"})) as server:
-        for userinfo, reason in (("", "asks for a password"), (":hunter3@", "refuses the user name or password")):
+        for userinfo in ("", ":hunter3@"):
             url = server.url.replace("redis://", f"redis://{userinfo}")
-            with pytest.raises(BrokerError, match=reason) as caught:
+            with pytest.raises(BrokerError, match="refuses the user name and password") as caught:
                 async with broker_at(url):
                     pass
             assert "hunter" not in str(caught.value)
@@ -249,38 +250,35 @@ async def test_what_redis_refuses_is_told_in_words(server: EmbeddedValkey) -> No
             await broker.append(token, changes(2))
         await redis.config_set("maxmemory", "0")
         assert (await broker.head()).number == 1
-        await redis.execute_command("ACL SETUSER", "default", "-xadd")
+        await redis.acl_setuser("default", enabled=True, nopass=True, commands=["-xadd"])
         token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
         with pytest.raises(BrokerError, match="does not allow"):
             await broker.append(token, changes(2))
-        await redis.execute_command("ACL SETUSER", "default", "+@all")
-        await redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+        await redis.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"])
+        await redis.replicaof("127.0.0.1", "1")
         with pytest.raises(BrokerError, match="read-only replica"):
             await broker.acquire_lease(ttl=60)
-        await redis.execute_command("REPLICAOF", "NO", "ONE")
+        await redis.replicaof("NO", "ONE")
         token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
         await broker.append(token, changes(2))
         assert seen(await broker.read(0)) == [1, 2]
 
 
-async def test_a_redis_that_cannot_save_is_told_in_words(server: EmbeddedValkey) -> None:
-    async with broker_at(server.url) as broker, Redis.from_url(server.url) as redis:
-        token = await broker.acquire_lease(ttl=60)
-        folder = Path(server.directory) / "vanishing"
-        folder.mkdir()
-        await redis.config_set("dir", str(folder))
-        folder.rmdir()
-        await redis.config_set("save", "3600 1")
-        await redis.bgsave()
+async def test_a_redis_that_cannot_save_is_told_in_words() -> None:
+    with running(EmbeddedValkey(options={"save": "3600 1", "dbfilename": "dump"})) as server:
+        (server.directory / "dump").mkdir()  # in the way of the snapshot
+        async with broker_at(server.url) as broker, Redis.from_url(server.url) as redis:
+            token = await broker.acquire_lease(ttl=60)
+            await redis.bgsave()
 
-        async def refused() -> bool:
-            try:
-                await broker.append(token, [])
-            except BrokerError as error:
-                return "to disk" in str(error)
-            return False
+            async def refused() -> bool:
+                try:
+                    await broker.append(token, [])
+                except BrokerError as error:
+                    return "to disk" in str(error)
+                return False
 
-        await eventually(refused)
+            await eventually(refused)
 
 
 async def test_nobody_there_is_told_at_the_start() -> None:

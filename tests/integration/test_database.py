@@ -93,6 +93,22 @@ async def test_a_transaction_pooler_is_found_out_without_a_hint(pooled: str) -> 
                 assert await connection.fetchval("select $1::int + 1", 1) == 2
 
 
+async def test_a_pooler_that_takes_turns_among_its_connections_is_found_out_too(database: str) -> None:
+    class TakesTurns(PgBouncer):
+        def _prepare(self) -> None:
+            super()._prepare()
+            with (self.directory / "config").open("a") as config:
+                config.write("\nserver_round_robin = 1\n")
+
+    with running(TakesTurns(database, pool_size=2)) as bouncer:
+        dsn = as_login(bouncer.dsn)
+        with psycopg.connect(dsn) as one, psycopg.connect(dsn) as two:  # so that there are two to take turns
+            pids = {connection.execute("select pg_backend_pid()").fetchone() for connection in (one, two)}
+        assert len(pids) == 2
+        async with Database(dsn) as opened:
+            assert opened.pooled
+
+
 async def test_an_address_may_say_that_it_is_a_poolers(database: str) -> None:
     async with Database(f"{as_login(database)}?pgbouncer=true&connection_limit=1") as opened:
         assert opened.pooled

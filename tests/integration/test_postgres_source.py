@@ -234,7 +234,8 @@ async def test_texts_do_not_depend_on_how_the_role_likes_them(db: Database) -> N
     )
     await db.publish("public.notes")
     async with db.source("public.notes").open(None, owner="ns/1") as stream:
-        await db.run("INSERT INTO notes VALUES (1, '2026-01-01 00:00:00+00', '1 day 02:03:04', '\\x00ff', 0.1 + 0.2)")
+        values = "1, '2026-01-01 00:00:00+00', '1 day 02:03:04', '\\x00ff', 0.1::float8 + 0.2::float8"
+        await db.run(f"INSERT INTO notes VALUES ({values})")
         (change,) = await read(stream, 1)
     assert change.new == ("1", "2026-01-01 00:00:00+00", "1 day 02:03:04", "\\x00ff", "0.30000000000000004")
 
@@ -584,9 +585,7 @@ async def test_a_commit_is_not_told_before_it_can_be_seen(namespace: str) -> Non
 
 
 async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: PostgresStream) -> None:
-    await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-    await admin.execute("SELECT pg_reload_conf()")
-    await eventually(lambda: waits_for(admin, "nobody"))
+    await set_standbys(admin, "nobody")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(db.run("INSERT INTO posts VALUES (1)"))
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
@@ -596,29 +595,29 @@ async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: Post
         held = await batches(stream, lambda found: len(found) >= 4)
         assert bodies(held) == []
         assert await admin.fetchval("SELECT count(*) FROM posts") == 0
-        await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-        await admin.execute("SELECT pg_reload_conf()")
+        await set_standbys(admin, "")
         (change,) = await read(stream, 1)
         assert change.new == ("1",)
         assert await admin.fetchval("SELECT count(*) FROM posts") == 1
 
 
-async def waits_for(admin: Any, names: str) -> bool:
-    return bool(await admin.fetchval("SELECT current_setting('synchronous_standby_names') = $1", names))
+async def set_standbys(admin: Any, names: str) -> None:
+    await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
+    await admin.execute("SELECT pg_reload_conf()")
+    await eventually(lambda: admin.fetchval("SELECT current_setting('synchronous_standby_names') = $1", names))
 
 
 async def test_a_server_that_takes_the_bridge_for_a_standby_is_told_apart_from_a_slow_one(namespace: str) -> None:
-    with running(EmbeddedPostgres(options={"synchronous_standby_names": "*"})) as server:
+    with running(EmbeddedPostgres()) as server:
         admin = await asyncpg.connect(server.dsn(), server_settings={"synchronous_commit": "local"})
         try:
             await admin.execute("CREATE TABLE posts (id int PRIMARY KEY)")
-            await admin.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE posts")
             async with opened(server.dsn(), namespace) as db, db.source().open(None, owner="ns/1") as stream:
+                await set_standbys(admin, "*")
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(db.run("INSERT INTO posts VALUES (1)"))
                     with pytest.raises(SourceError, match="synchronous_standby_names"):
                         await batches(stream, lambda found: False)
-                    await admin.execute("ALTER SYSTEM SET synchronous_standby_names = ''")
-                    await admin.execute("SELECT pg_reload_conf()")
+                    await set_standbys(admin, "")
         finally:
             await admin.close()

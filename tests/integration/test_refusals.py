@@ -230,7 +230,9 @@ async def test_a_token_may_come_four_ways(database: str, namespace: str) -> None
 
 async def test_several_workers_need_redis(database: str) -> None:
     bridge = BridgeProcess(database, "--workers", "2")
-    bridge.start()
-    assert await asyncio.to_thread(bridge._process.wait, 20) == 2
-    assert "REDIS_URL is missing" in bridge.log
-    assert "Traceback" not in bridge.log
+    try:
+        assert await asyncio.to_thread(bridge.run) == 2
+        assert "REDIS_URL is missing" in bridge.log
+        assert "Traceback" not in bridge.log
+    finally:
+        bridge.forget()

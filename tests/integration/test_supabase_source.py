@@ -305,6 +305,17 @@ async def test_a_change_that_is_too_large_is_a_resync_of_its_table_and_the_rest_
     assert row(change, change.new)["title"] == "after"
 
 
+async def test_a_row_that_cannot_be_read_is_a_resync_of_its_table(database: str) -> None:
+    async with connected(database) as db:
+        await db.execute("create table sums (id int primary key, amount numeric)")
+        async with streaming(database, "public.sums") as reader:
+            await db.execute("insert into sums values (1, 1e400 + 0.5), (2, 1e400)")  # the first is beyond a double
+            change, control = await reader.until(2)
+    assert control == Control("resync", "public.sums", "upstream_gap")
+    assert isinstance(change, Change)
+    assert change.new == ("2", "1" + "0" * 400)
+
+
 async def test_more_changes_than_may_wait_are_a_resync_of_the_table(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

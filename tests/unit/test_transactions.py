@@ -70,9 +70,7 @@ def truncate(*oids: int) -> bytes:
 DESCRIPTIONS = [relation(POSTS, "posts"), relation(NOTES, "notes")]
 
 
-def assembled(
-    messages: Iterable[bytes], *, after: Place = START, rows: int = 100, size: int = 10**6
-) -> Assembler:
+def assembled(messages: Iterable[bytes], *, after: Place = START, rows: int = 100, size: int = 10**6) -> Assembler:
     assembler = Assembler(TABLES, after=after, transaction_rows=rows, transaction_bytes=size)
     for message in messages:
         assembler.feed(message)
