@@ -37,6 +37,7 @@ from realtime_bridge.sources.postgres import PostgresSource
 from realtime_bridge.sources.supabase import SupabaseSource
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import origin_allowed
+from realtime_bridge.transports.uvicorn_protocol import RedactQuery
 from realtime_bridge.transports.websocket import WebSocketEndpoint
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Bridge:
             UnavailableError: Postgres or Redis cannot be reached now.
         """
         settings = self.settings
+        _keep_tokens_out_of_uvicorns_log()
         async with AsyncExitStack() as stack:
             database = (
                 await stack.enter_async_context(Database(_secret(settings.database_url)))
@@ -255,6 +257,14 @@ class _BackgroundTasks:
                 logger.exception("answering a client failed")
 
         self._group.create_task(guarded())
+
+
+def _keep_tokens_out_of_uvicorns_log() -> None:
+    """uvicorn's lines hold the address as it came; with its own protocol classes also that of a WebSocket."""
+    for name in ("uvicorn.access", "uvicorn.error"):
+        target = logging.getLogger(name)
+        if not any(isinstance(present, RedactQuery) for present in target.filters):
+            target.addFilter(RedactQuery())
 
 
 async def _check(probe: Coroutine[Any, Any, object]) -> Check:

@@ -63,6 +63,8 @@ def configure(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    # asyncpg tells, with a traceback each, of every try to keep its pool filled while the database is away.
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)
     # uvicorn tells two lines a WebSocket; one is the most that a connection may cost, and the bridge writes its own.
     for name in ("uvicorn", "httpx", "httpcore", "realtime", "websockets", "hpack", "h2"):
         logging.getLogger(name).setLevel(logging.WARNING)

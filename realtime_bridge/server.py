@@ -1,20 +1,17 @@
-"""uvicorn with an orderly stop: the bridge is told first, so that nothing new comes and waiting polls are answered.
+"""uvicorn as `serve` and `dev` run it.
 
 Layer: whole.
 """
 
-import asyncio
 import socket
 from collections.abc import Callable
 
 from uvicorn import Config, Server
 from uvicorn.supervisors import Multiprocess
 
-from realtime_bridge.bridge import Bridge
-
 
 class BridgeServer(Server):
-    """A uvicorn server that drains the bridge in its application before it closes connections.
+    """A uvicorn server that tells when it listens.
 
     Args:
         started: called once with the port, when connections are accepted.
@@ -29,14 +26,6 @@ class BridgeServer(Server):
         await super().startup(sockets)
         if self._on_started is not None and self.started:
             self._on_started(self.servers[0].sockets[0].getsockname()[1])
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain, then close."""
-        bridge = self.lifespan.state.get("realtime_bridge")
-        if isinstance(bridge, Bridge):
-            bridge.drain()
-            await asyncio.sleep(0)  # waiting polls are answered before their connections are closed
-        await super().shutdown(sockets)
 
 
 def run_workers(config: Config, *, started: Callable[[int], None]) -> None:

@@ -165,6 +165,8 @@ class RedisBroker:
             raise
 
     async def _append(self, batch: "_Batch") -> Head:
+        if not self._history.trail.epoch:
+            await self._history.view()
         for _ in range(_TRIES):
             mark = self._history.trail.mark
             known = self._sent if self._sent_in == mark[0] else set()
@@ -186,12 +188,12 @@ class RedisBroker:
             self._sent_in, self._sent = head.epoch, set()
         self._sent.update(batch.relations)
         trail = self._history.trail
-        _, number, newest_id = mark
+        epoch, number, newest_id = mark
         start = head.number - len(batch.bodies) + 1
-        if not trail.epoch or (trail.mark == mark and number != start - 1):
-            trail.restart(head.epoch, head.number, head.id)
-        elif trail.epoch == head.epoch:
+        if trail.epoch == epoch and number == start - 1:
             trail.extend(start, newest_id, batch.ids)
+        elif trail.mark == mark:
+            trail.forget()  # others have appended since it was made: to be learned anew
 
     async def _settle(self, mark: Mark) -> None:
         """Find out how today's history relates to what this process has seen, in a new epoch if need be.

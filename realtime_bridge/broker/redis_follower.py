@@ -68,6 +68,14 @@ class Notification:
         return f"{self.nonce}.{self.count - 1}" if self.count else self.previous
 
 
+def _parse(data: bytes | None) -> Notification | None:
+    """A notification; None for silence, and for what a later version of the bridge may write."""
+    try:
+        return None if data is None else Notification.parse(data)
+    except ValueError:
+        return None
+
+
 class Follower:
     """One reader at the end of the history.
 
@@ -93,11 +101,13 @@ class Follower:
                 await self._ping()
             else:
                 self._pinged_at = None
-            notification = Notification.parse(data) if data else None
+            if data == b"":
+                continue
+            notification = _parse(data)
             if notification is not None and self._continues(notification):
                 self._proven_until = notification.proven_until
                 yield await self._take(notification.entries)
-            elif data is None or (notification is not None and not self._is_known(notification)):
+            elif notification is None or not self._is_known(notification):
                 async for update in self._catch_up():
                     yield update
 

@@ -85,7 +85,7 @@ class RedisHistory:
                 self._adopt(view)
             else:
                 if not self.trail.epoch:
-                    self.trail.restart(head.epoch, head.number, head.id)
+                    self.trail.restart(head.epoch, head.number, [item.decode() for item in reversed(answer[8])])
                 return view
         raise BrokerError("Redis: the history changes faster than it can be followed")
 
@@ -141,7 +141,7 @@ class RedisHistory:
         common = view.lineage.common(self.trail.epoch)
         logger.warning("history forked", extra={"epoch": head.epoch, "parent": self.trail.epoch, "number": common})
         if common is None or (common < self.trail.number and self.trail.id_of(common) is None):
-            self.trail.restart(head.epoch, head.number, head.id)
+            self.trail.forget()
         else:
             self.trail.rewind(head.epoch, common)
 

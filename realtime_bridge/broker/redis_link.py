@@ -37,26 +37,28 @@ _CLOSE_SECONDS: Final = 1.0
 Argument: TypeAlias = str | bytes | int | float
 Client: TypeAlias = "Redis | RedisCluster"
 
-_PASSWORD: Final = "refuses the user name and password of REDIS_URL, or that there are none"
+_IDENTITY: Final = "refuses the user name and password of REDIS_URL, or that there are none"
 _PERMISSION: Final = "does not allow its user what the bridge needs (see ACL SETUSER)"
 _MEMORY: Final = "is out of memory: raise maxmemory or lower BRIDGE_HISTORY_BYTES"
 _REPLICA: Final = "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://"
 _LOADING: Final = "is still loading its data"
 _SILENCE: Final = "does not answer"
+_DOWN: Final = "is a cluster that is down"
 
 _BY_CLASS: Final[tuple[tuple[type[Exception], str], ...]] = (
-    (exceptions.AuthenticationError, _PASSWORD),
+    (exceptions.AuthenticationError, _IDENTITY),
     (exceptions.NoPermissionError, _PERMISSION),
     (exceptions.BusyLoadingError, _LOADING),
     (exceptions.OutOfMemoryError, _MEMORY),
     (exceptions.ReadOnlyError, _REPLICA),
     (exceptions.MaxConnectionsError, "has too many connections from this process"),
+    (exceptions.ClusterDownError, _DOWN),
     (exceptions.TimeoutError, _SILENCE),
     (TimeoutError, _SILENCE),
 )
 _BY_CODE: Final = {  # inside a script, redis-py leaves the code to us
-    "NOAUTH": _PASSWORD,
-    "WRONGPASS": _PASSWORD,
+    "NOAUTH": _IDENTITY,
+    "WRONGPASS": _IDENTITY,
     "NOPERM": _PERMISSION,
     "ACL": _PERMISSION,
     "LOADING": _LOADING,
@@ -66,24 +68,7 @@ _BY_CODE: Final = {  # inside a script, redis-py leaves the code to us
     "BUSY": "is busy with a script that does not end",
     "NOREPLICAS": "has too few replicas to accept writes",
     "MASTERDOWN": "is a replica that has lost its primary",
-    "CLUSTERDOWN": "is a cluster that is down",
-    "WRONGTYPE": "holds something else under the names that the bridge uses: choose another BRIDGE_NAMESPACE",
-    "MOVED": "is a cluster: use redis+cluster://",
-    "CROSSSLOT": "is a cluster: use redis+cluster://",
-}
-_CODE: Final = {
-    "OOM": "is out of memory: raise maxmemory or lower BRIDGE_HISTORY_BYTES",
-    "MISCONF": "cannot write its data to disk and so refuses to change it",
-    "READONLY": "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://",
-    "NOAUTH": "asks for a password",
-    "WRONGPASS": "refuses the user name or password",
-    "NOPERM": "does not allow its user what the bridge needs (see ACL SETUSER)",
-    "ACL": "does not allow its user what the bridge needs (see ACL SETUSER)",
-    "LOADING": "is still loading its data",
-    "BUSY": "is busy with a script that does not end",
-    "NOREPLICAS": "has too few replicas to accept writes",
-    "MASTERDOWN": "is a replica that has lost its primary",
-    "CLUSTERDOWN": "is a cluster that is down",
+    "CLUSTERDOWN": _DOWN,
     "WRONGTYPE": "holds something else under the names that the bridge uses: choose another BRIDGE_NAMESPACE",
     "MOVED": "is a cluster: use redis+cluster://",
     "CROSSSLOT": "is a cluster: use redis+cluster://",

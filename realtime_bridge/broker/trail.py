@@ -79,13 +79,16 @@ class Trail:
             return ""
         return self._ids[number - self.first] if self.first <= number <= self.number else None
 
-    def restart(self, epoch: str, number: int, newest_id: str) -> None:
-        """Forget everything: the history is another one."""
+    def forget(self) -> None:
+        """Believe in nothing any more."""
+        self.restart("", 0, ())
+
+    def restart(self, epoch: str, number: int, ids: Sequence[str]) -> None:
+        """Remember nothing but the ids of the newest entries, the last of which is that of `number`."""
+        assert bool(number) == bool(ids)
         self.epoch = epoch
         self.number = number
-        self._ids.clear()
-        if number:
-            self._ids.append(newest_id)
+        self._ids = deque(ids, maxlen=IDS_KEPT)
 
     def extend(self, start: int, previous: str, ids: Sequence[str]) -> None:
         """Remember entries of the believed epoch.
@@ -93,7 +96,7 @@ class Trail:
         Entries that contradict what is remembered are not: whoever compares `mark` with the broker will find the fork.
         """
         if start > self.number + 1:
-            self.restart(self.epoch, start - 1, previous)
+            self.restart(self.epoch, start - 1, [previous])
         known = self.number + 1 - start
         before = ids[known - 1] if 0 < known <= len(ids) else previous
         if known < len(ids) and before == self.id:

@@ -222,7 +222,8 @@ async def read_tables(
     access: dict[str, dict[str, Access]] = {}
     for row in await connection.fetch(_ACCESS, list(schemas), list(tables), list(roles)):
         fields = _fields(row)
-        access.setdefault(fields.pop("table"), {})[fields.pop("role")] = Access(**fields)
+        table, role = fields.pop("table"), fields.pop("role")
+        access.setdefault(table, {})[role] = Access(**fields)
     return [_table(_fields(row), rules, access) for row in rows]
 
 
@@ -260,10 +261,11 @@ _SERVER: Final = """
 
 # Before a walsender has sent its application name there is its process id.
 _SLOT: Final = """
-    SELECT s.plugin::text, s.database = current_database() AS here, s.temporary,
+    SELECT s.plugin::text, coalesce(s.database = current_database(), false) AS here, s.temporary,
            CASE WHEN s.active_pid IS NOT NULL THEN format(
                '%s (role %s, from %s, pid %s)', coalesce(nullif(a.application_name, ''), 'a program without a name'),
-               coalesce(a.usename, '?'), coalesce(host(a.client_addr), 'the server itself'), s.active_pid) END AS holder,
+               coalesce(a.usename, '?'), coalesce(host(a.client_addr), 'the server itself'), s.active_pid
+           ) END AS holder,
            coalesce(a.application_name, '') AS application,
            s.wal_status,
            coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::int8 AS lag_bytes
@@ -283,7 +285,8 @@ _PUBLICATION: Final = """
 # From 16 on, being a member is not enough to take a role.
 _ROLES: Final = """
     SELECT wanted.name, r.oid IS NOT NULL AS exists,
-           CASE WHEN r.rolsuper THEN 'it is a superuser' WHEN r.rolbypassrls THEN 'it has BYPASSRLS' ELSE '' END AS exempt,
+           CASE WHEN r.rolsuper THEN 'it is a superuser' WHEN r.rolbypassrls THEN 'it has BYPASSRLS' ELSE '' END
+               AS exempt,
            coalesce(pg_has_role(
                current_user, r.oid,
                CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END

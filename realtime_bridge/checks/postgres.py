@@ -54,7 +54,7 @@ async def look_at_postgres(settings: Settings, source: Source) -> list[Finding]:
             if failed(findings):
                 return findings + _skipped(settings, "this Postgres is too old")
             facts = await _read_facts(settings, database, server)
-            findings.append(named("clock", clock_outcome("Postgres", await database.clock_offset())))
+            findings.append(named("postgres_clock", clock_outcome("Postgres", await database.clock_offset())))
         except BridgeError as error:
             unread = Finding("facts", "problem", f"What Postgres knows of the tables cannot be read: {error}.")
             return [*findings, unread, *_skipped(settings, "Postgres could not be asked")]

@@ -39,6 +39,7 @@ class RedisFacts:
 
 
 def redis_version(facts: RedisFacts) -> Outcome:
+    """Streams are trimmed and read back in ways that older ones do not have."""
     version = tuple(int(number) for number in re.findall(r"\d+", facts.info.version)[:2])
     if version < OLDEST_VERSION:
         return problem(f"Redis is {facts.info.version or 'of no known version'}; the bridge needs 6.2 or later.")
@@ -46,12 +47,14 @@ def redis_version(facts: RedisFacts) -> Outcome:
 
 
 def redis_commands(facts: RedisFacts) -> Outcome:
+    """An ACL may forbid what the bridge does all the time; a replica takes no writes."""
     if facts.refused:
         return problem(f"{facts.refused}: scripts, keys and channels of BRIDGE_NAMESPACE have to be allowed.")
     return ok("Redis runs scripts, writes keys and lets us subscribe.")
 
 
 def redis_eviction(facts: RedisFacts) -> Outcome:
+    """A history that loses keys when memory is short is none."""
     if facts.info.evicts:
         return problem(
             f"maxmemory-policy of Redis is {facts.info.maxmemory_policy or 'unknown'}: when memory is short it drops "
@@ -62,6 +65,7 @@ def redis_eviction(facts: RedisFacts) -> Outcome:
 
 
 def redis_persistence(facts: RedisFacts) -> Outcome:
+    """What a restart of Redis costs."""
     if facts.info.append_only:
         return ok("Redis writes an append-only file.")
     if facts.info.snapshots is False:
@@ -74,12 +78,14 @@ def redis_persistence(facts: RedisFacts) -> Outcome:
 
 
 def redis_replicas(facts: RedisFacts) -> Outcome:
+    """What the death of Redis costs."""
     if not facts.info.replicas:
         return ok("Redis has no replica: while it is away, changes wait.")
     return ok(f"Redis has {facts.info.replicas} replica{'s' * (facts.info.replicas > 1)}.")
 
 
 def redis_clock(facts: RedisFacts) -> Outcome:
+    """Redis' clock dates the history."""
     return clock_outcome("Redis", facts.clock_offset)
 
 

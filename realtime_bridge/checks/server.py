@@ -15,12 +15,14 @@ _MUCH_LAG: Final = 1 << 30
 
 
 def postgres_version(server: Server) -> Outcome:
+    """Older ones have no column lists, and other catalogs."""
     if not server.supported:
         return problem(f"Postgres is {server.version_text}; the bridge needs {OLDEST_VERSION} or later.")
     return ok(f"Postgres is {server.version_text}.")
 
 
 def wal_level(facts: Facts) -> Outcome:
+    """Anything less has no logical decoding."""
     level = facts.server.wal_level
     if level != "logical":
         return problem(
@@ -31,31 +33,34 @@ def wal_level(facts: Facts) -> Outcome:
 
 
 def replication_slots(facts: Facts) -> Outcome:
+    """Too late to find out when `serve` wants to make its own."""
     server = facts.server
     used = f"{server.slots_used} of {server.slots} replication slots exist"
     if facts.slot is None and server.slots_used >= server.slots:
         return problem(
-            f"{used}, so none can be made for the bridge; drop one that nobody needs (SELECT * FROM "
-            "pg_replication_slots) or allow more and restart Postgres.",
+            f"{used}, so none can be made for the bridge; drop one that nobody needs (they are in "
+            "pg_replication_slots), or allow more and restart Postgres.",
             f"ALTER SYSTEM SET max_replication_slots = {server.slots + 5};",
         )
     return ok(f"{used}.")
 
 
 def wal_senders(facts: Facts) -> Outcome:
+    """Each reader of changes takes one."""
     server = facts.server
     used = f"{server.senders_used} of {server.senders} walsenders are busy"
     reading = facts.slot is not None and facts.slot.holder is not None
     if not reading and server.senders_used >= server.senders:
         return problem(
-            f"{used}, so the bridge cannot read; stop a reader (SELECT * FROM pg_stat_replication) or allow more and "
-            "restart Postgres.",
+            f"{used}, so the bridge cannot read; stop a reader (they are in pg_stat_replication), or allow more "
+            "and restart Postgres.",
             f"ALTER SYSTEM SET max_wal_senders = {server.senders + 5};",
         )
     return ok(f"{used}.")
 
 
 def publication(facts: Facts) -> Outcome:
+    """What is not published is not sent."""
     name, found = facts.sql_publication, facts.publication
     if found is None:
         tables = ", ".join(table.sql_name for table in facts.tables if table.exists)
@@ -74,6 +79,7 @@ def publication(facts: Facts) -> Outcome:
 
 
 def partitions(facts: Facts) -> Outcome | None:
+    """Policies and subscriptions are of the whole table."""
     partitioned = [table.name for table in facts.tables if table.kind == "p"]
     if not partitioned or facts.publication is None:
         return None
@@ -87,6 +93,7 @@ def partitions(facts: Facts) -> Outcome | None:
 
 
 def slot(facts: Facts) -> Outcome:
+    """It may be lost, somebody else's, or in use."""
     name, found = facts.slot_name, facts.slot
     drop = f"SELECT pg_drop_replication_slot('{name}');"
     if found is None:
@@ -108,6 +115,7 @@ def slot(facts: Facts) -> Outcome:
 
 
 def slot_lag(facts: Facts) -> Outcome | None:
+    """WAL is kept for it until somebody reads on."""
     found = facts.slot
     if found is None or not found.ours or found.wal_status == "lost":
         return None
@@ -122,6 +130,7 @@ def slot_lag(facts: Facts) -> Outcome | None:
 
 
 def slot_limit(facts: Facts) -> Outcome:
+    """Without one, a forgotten slot ends in a full disk."""
     limit = facts.server.slot_keep_megabytes
     if limit < 0:
         return warning(

@@ -22,6 +22,7 @@ _HOSTED: Final = ".supabase.co"
 
 
 def supabase_url(settings: Settings) -> Outcome:
+    """Often pasted with the path of one of the project's services."""
     parts = _address(settings)
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         return problem("SUPABASE_URL is not an address.", "SUPABASE_URL=https://<project>.supabase.co")
@@ -34,6 +35,7 @@ def supabase_url(settings: Settings) -> Outcome:
 
 
 def supabase_key(settings: Settings) -> Outcome:
+    """With any other key, the project shows what that key's policies show: nothing, mostly."""
     key = _key(settings)
     if key.startswith("sb_secret_"):
         return ok("SUPABASE_KEY is a secret key.")

@@ -21,6 +21,7 @@ _STRUCTURED: Final = frozenset({"hstore", "geometry", "geography"})
 
 
 def table(facts: Facts, about: Table) -> Outcome:
+    """Only tables that are written to the WAL have changes."""
     if about.kind is None:
         return problem(f"BRIDGE_TABLES: there is no table {about.name}.")
     if not about.exists:
@@ -34,6 +35,7 @@ def table(facts: Facts, about: Table) -> Outcome:
 
 
 def primary_key(facts: Facts, about: Table) -> Outcome:
+    """Messages are folded by it."""
     if about.key:
         return ok(f"Rows of {about.name} are told apart by {', '.join(about.key)}.")
     has_id = any(column.name == "id" for column in about.columns)
@@ -45,6 +47,7 @@ def primary_key(facts: Facts, about: Table) -> Outcome:
 
 
 def replica_identity(facts: Facts, about: Table) -> Outcome:
+    """Who could see a row before its change is decided from the old row."""
     targets = [about.sql_name] * (about.identity != "f") + list(about.partial_leaves)
     if not targets:
         return ok(f"Old rows of {about.name} come whole.")
@@ -52,13 +55,16 @@ def replica_identity(facts: Facts, about: Table) -> Outcome:
     if about.identity == "n" or (about.identity == "d" and not about.key):
         return problem(f"{about.name} has no replica identity: once published, its rows cannot be updated.", fix)
     return warning(
-        f"{about.name} is not REPLICA IDENTITY FULL: changes do not tell what a row was, so for a DELETE, or a row that "
-        "leaves what a user may see, that user is sent a resync instead of the change.",
+        f"{about.name} is not REPLICA IDENTITY FULL, so changes do not tell what a row was: when a row is deleted, or "
+        "leaves what a user may see, clients are sent a resync instead of the change.",
         fix,
     )
 
 
-def published(facts: Facts, about: Table) -> Outcome:
+def published(facts: Facts, about: Table) -> Outcome | None:
+    """The commonest reason why nothing arrives."""
+    if facts.publication is None:
+        return None
     if about.published:
         return ok(f"{about.name} is in the publication {facts.publication_name}.")
     mended = " `realtime-bridge check --fix` adds it." if facts.owned else ""
@@ -69,6 +75,7 @@ def published(facts: Facts, about: Table) -> Outcome:
 
 
 def row_filter(facts: Facts, about: Table) -> Outcome | None:
+    """A publication may send some rows only."""
     if about.row_filter is None:
         return None
     return warning(
@@ -79,6 +86,7 @@ def row_filter(facts: Facts, about: Table) -> Outcome | None:
 
 
 def columns(facts: Facts, about: Table) -> Outcome:
+    """A publication may send some columns only, and none that are generated."""
     if about.published_columns is not None:
         hidden = [c.name for c in about.columns if not c.generated and c.name not in about.published_columns]
         if hidden:
@@ -97,6 +105,7 @@ def columns(facts: Facts, about: Table) -> Outcome:
 
 
 def column_types(facts: Facts, about: Table) -> Outcome | None:
+    """What a client meets may surprise who knows PostgREST."""
     texts = [f"{c.name} ({c.type})" for c in about.columns if c.kind == "c" or c.type in _STRUCTURED]
     if not texts:
         return None
@@ -104,6 +113,7 @@ def column_types(facts: Facts, about: Table) -> Outcome | None:
 
 
 def row_level_security(facts: Facts, about: Table) -> Outcome:
+    """Without it there is nothing to decide by, and unknown means no."""
     if about.rule is not None:
         return ok(f"BRIDGE_POLICIES decides who sees {about.name}.")
     if about.row_security:
@@ -116,6 +126,7 @@ def row_level_security(facts: Facts, about: Table) -> Outcome:
 
 
 def auth_functions(facts: Facts, about: Table) -> Outcome | None:
+    """A call of what does not exist denies everybody."""
     texts = [about.rule] if about.rule is not None else about.policies.values()
     used = {name for text in texts for name in _AUTH_FUNCTION.findall(text)}
     if not used:
@@ -126,7 +137,7 @@ def auth_functions(facts: Facts, about: Table) -> Outcome | None:
             f"What decides about {about.name} calls auth.{missing[0]}(), which does not exist; Supabase has it, "
             "elsewhere it has to be made."
         )
-    return ok(f"auth.{'(), auth.'.join(sorted(used))}() are there.")
+    return ok(f"What decides about {about.name} finds auth.{'(), auth.'.join(sorted(used))}().")
 
 
 def _sent(facts: Facts, about: Table, column: str) -> bool:
@@ -155,6 +166,7 @@ TABLE_CHECKS: Final = (
 
 
 def role(facts: Facts, about: Role) -> Outcome:
+    """It must be there for the taking; and whom no policy binds, sees all."""
     return _for(about.name, facts, _role(facts, about))
 
 
@@ -194,6 +206,7 @@ ROLE_CHECKS: Final = (role,)
 
 
 def policy(facts: Facts, about: Table, who: Role, access: Access) -> Outcome | None:
+    """With row-level security and no policy, nobody sees anything."""
     if about.rule is not None or who.exempt or access.owner:
         return None
     if access.policies:
@@ -208,6 +221,7 @@ def policy(facts: Facts, about: Table, who: Role, access: Access) -> Outcome | N
 
 
 def grant(facts: Facts, about: Table, who: Role, access: Access) -> Outcome:
+    """Policies only narrow what is granted."""
     missing = []
     if not access.schema_usage:
         missing.append(f"GRANT USAGE ON SCHEMA {about.sql_schema} TO {quote(who.name)};")

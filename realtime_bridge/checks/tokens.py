@@ -14,6 +14,7 @@ from realtime_bridge.settings import Settings
 
 
 def jwt_secret(settings: Settings) -> Outcome:
+    """Whoever guesses it can be anybody."""
     try:
         verifier = make_verifier(settings)
     except ConfigurationError as error:

@@ -12,9 +12,16 @@ from rich.console import Console
 from rich.text import Text
 
 from realtime_bridge.checks import Finding, apply_fixes, failed, run_checks
+from realtime_bridge.checks.finding import Status
 from realtime_bridge.errors import ConfigurationError
 from realtime_bridge.settings import Settings
 
+_COUNTED: Final[dict[Status, str]] = {
+    "problem": "to mend",
+    "warning": "to know",
+    "skipped": "not looked at",
+    "ok": "in order",
+}
 _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
 _INDENT: Final = 9
 
@@ -56,18 +63,16 @@ def _print_report(findings: Sequence[Finding], done: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for statement in done:
         console.print(Text.assemble(("done".ljust(_INDENT), "bold green"), statement))
-    for status in ("ok", "skipped", "warning", "problem"):
+    for status in reversed(_COUNTED):
         for name, detail, remedy in _lines(findings, status):
             console.print(Text.assemble((status.ljust(_INDENT), _STYLES[status]), (name, "bold"), f": {detail}"))
             if remedy:
                 console.print(Text(f"{'':{_INDENT}}{remedy}", style="cyan"))
     counts = Counter(finding.status for finding in findings)
-    console.print(
-        f"{counts['ok']} ok, {counts['warning']} to know, {counts['problem']} to mend, {counts['skipped']} not looked at"
-    )
+    console.print(", ".join(f"{counts[status]} {words}" for status, words in _COUNTED.items() if counts[status]) + ".")
 
 
-def _lines(findings: Sequence[Finding], status: str) -> list[tuple[str, str, str]]:
+def _lines(findings: Sequence[Finding], status: Status) -> list[tuple[str, str, str]]:
     """Name, detail and fix of the findings of a status; what was skipped for the same reason is one line."""
     chosen = [finding for finding in findings if finding.status == status]
     if status != "skipped":

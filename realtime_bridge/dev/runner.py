@@ -37,6 +37,7 @@ _WATCH_SECONDS: Final = 0.2
 _EXPLANATION_SECONDS: Final = 1.0
 _KEPT_VARIABLES: Final = frozenset({"PATH", "HOME", "TMPDIR", "TERM", "LANG", "LD_LIBRARY_PATH", "PG_BIN", "NO_COLOR"})
 _KEPT_PREFIXES: Final = ("LC_", "PYTHON", "COVERAGE")
+_POSTGRES_OPTIONS: Final = {"log_min_messages": "fatal"}  # what a polled slot logs would fill the disk
 
 Server = TypeVar("Server", bound=EmbeddedServer)
 
@@ -199,7 +200,7 @@ class _Demo:
 
     async def _start_engines(self, stack: AsyncExitStack) -> None:
         with self._narrator.step("Postgres with the sample table"):
-            postgres = await self._enter(stack, EmbeddedPostgres())
+            postgres = await self._enter(stack, EmbeddedPostgres(options=_POSTGRES_OPTIONS))
             self._settings["DATABASE_URL"] = postgres.dsn()
             await install_schema(postgres.dsn())
             await ensure_publication(postgres.dsn(), Settings.model_fields["publication"].default, TABLES)

@@ -19,17 +19,18 @@ FEWEST_ROWS: Final = 2
 MOST_ROWS: Final = 6
 """Rows of one user, so that the page shows them all and the table never grows."""
 
-_THINGS: Final = ("kettle", "ferry", "library", "garden", "bicycle", "lighthouse", "bakery", "night train", "old map")
+_QUALITIES: Final = ("quiet", "crooked", "famous", "leaky", "night", "floating", "second-hand", "northern", "borrowed")
+_THINGS: Final = ("kettle", "ferry", "library", "garden", "bicycle", "lighthouse", "bakery", "train", "umbrella")
 _NEWS: Final = (
-    "is open again",
-    "needs new paint",
-    "was full this morning",
-    "smells of rain",
-    "runs ten minutes late",
-    "made somebody's day",
-    "is quieter than it used to be",
+    "Open again since this morning.",
+    "Needs new paint, somebody ought to see to it.",
+    "Full to the last seat at nine.",
+    "Smells of rain.",
+    "Runs ten minutes late, as ever.",
+    "Made somebody's day.",
+    "Quieter than it used to be.",
+    "Found behind the shed.",
 )
-_OPENINGS: Final = ("They say the", "It turns out the", "Just saw: the", "Note to self: the", "Believe it or not, the")
 
 
 class Step(Enum):
@@ -92,7 +93,7 @@ class Writer:
             case Step.WRITE:
                 await self._write(user, is_public=self._dice.random() < 0.5)
             case Step.EDIT:
-                await self._change(user, "update public.posts set body = $2 where id = $1", self._body())
+                await self._change(user, "update public.posts set body = $2 where id = $1", self._dice.choice(_NEWS))
             case Step.TURN:
                 await self._change(user, "update public.posts set is_public = not is_public where id = $1")
             case Step.DELETE:
@@ -102,10 +103,10 @@ class Writer:
         return step
 
     async def _write(self, user: SampleUser, *, is_public: bool) -> None:
-        title = f"The {self._dice.choice(_THINGS)}"
+        title = f"The {self._dice.choice(_QUALITIES)} {self._dice.choice(_THINGS)}"
         statement = "insert into public.posts (title, body, is_public) values ($1, $2, $3) returning id"
         async with self._database.transaction_as(user.claims) as connection:
-            row = await connection.fetchval(statement, title, self._body(), is_public)
+            row = await connection.fetchval(statement, title, self._dice.choice(_NEWS), is_public)
         self._rows[user].append(row)
 
     async def _change(self, user: SampleUser, statement: str, *values: object) -> None:
@@ -116,6 +117,3 @@ class Writer:
     async def _execute(self, user: SampleUser, statement: str, *values: object) -> str:
         async with self._database.transaction_as(user.claims) as connection:
             return await connection.execute(statement, *values)
-
-    def _body(self) -> str:
-        return f"{self._dice.choice(_OPENINGS)} {self._dice.choice(_THINGS)} {self._dice.choice(_NEWS)}."

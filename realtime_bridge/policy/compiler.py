@@ -7,7 +7,7 @@ and IS NULL included.
 Only what compares by its canonical text becomes an atom; any other type, cast or collation is unsupported.
 
 Layer: pure. May import: canonical, policy.expression, policy.predicate.
-Sources: rls.md sections 0 and 6; parse_oper.c and parse_coerce.c (which types compare, and as what).
+Sources: parse_oper.c and parse_coerce.c (which types compare, and as what).
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -173,7 +173,7 @@ def parse_expression(sql: str) -> Expression:
         tree: Node = pg_query.parse(f"SELECT ({sql}\n)")
     except pg_query.PgQueryError as error:
         raise UnsupportedExpression(f"{shown} ({error.message})") from None
-    except (DecodeError, UnicodeEncodeError):  # deeper than protobuf reads, or no text that Postgres could hold
+    except (DecodeError, UnicodeError):  # deeper than protobuf reads, or a text or message that is no UTF-8
         raise UnsupportedExpression(shown) from None
     value = _only_target(tree.stmts[0].stmt.select_stmt) if len(tree.stmts) == 1 else None
     if value is None:
@@ -195,7 +195,7 @@ def _unsupported(node: Node) -> UnsupportedExpression:
     try:
         tree.stmts[0].stmt.select_stmt.target_list[0].res_target.val.CopyFrom(node)
         text = pg_query.deparse(tree).removeprefix("SELECT ")
-    except (pg_query.PgQueryError, TypeError):  # a node that cannot stand as a value by itself
+    except (pg_query.PgQueryError, TypeError, UnicodeError):  # a node that cannot stand as a value by itself
         text = node.WhichOneof("node") or "expression"
     return UnsupportedExpression(text[:_MAX_SHOWN])
 

@@ -6,7 +6,7 @@ equalities between column and fact the first is a dictionary from the fact's val
 the few members that remain. A branch that several roles share is one, so a public row's audience is one set for all.
 
 Layer: adapters (it does no I/O). May import: words, policy.base, policy.expression, policy.predicate.
-Sources: rls.md sections 0 and 5; the equality index of ElectricSQL's shape filter.
+Sources: the equality index of ElectricSQL's shape filter.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -110,7 +110,8 @@ class _Branch:
         keyed = sorted((literal for literal in of_both if literal.key), key=lambda literal: literal.key or ("", ""))
         self._key = keyed[0].key if keyed else None
         self._rest: list[Literal] = [literal for literal in of_both if not keyed or literal is not keyed[0]]
-        self._members: dict[str, set[Member]] = {}
+        self._members: set[Member] = set()
+        self._by_value: dict[str, set[Member]] = {}
 
     def _value(self, member: Member) -> str | None:
         """The value a member is found by; members of a branch without a key are all found by the same."""
@@ -122,14 +123,17 @@ class _Branch:
     def add(self, member: Member) -> None:
         value = self._value(member)
         if value is not None and all_hold(self._of_user, _NO_INDEX, (), member.facts):
-            self._members.setdefault(value, set()).add(member)
+            self._members.add(member)
+            self._by_value.setdefault(value, set()).add(member)
 
     def discard(self, member: Member) -> None:
-        value = self._value(member)
-        if value is not None and (members := self._members.get(value)) is not None:
-            members.discard(member)
-            if not members:
-                del self._members[value]
+        if member not in self._members:
+            return
+        self._members.discard(member)
+        value = self._value(member) or ""
+        self._by_value[value].discard(member)
+        if not self._by_value[value]:
+            del self._by_value[value]
 
     def seen(self, index: Mapping[str, int], image: Image) -> Seen:
         holds = all_hold(self._of_row, index, image, {})
@@ -138,10 +142,11 @@ class _Branch:
         value = "" if self._key is None else image[index[self._key[0]]]
         if value is None:
             return Seen()
+        candidates: Members
         if value is ABSENT:
-            holds, candidates = None, union(list(self._members.values()))
+            holds, candidates = None, self._members
         else:
-            candidates = self._members.get(value, _NOBODY)
+            candidates = self._by_value.get(value, _NOBODY)
         seen = self._ask(candidates, index, image) if self._rest else Seen(candidates)
         return seen if holds else Seen(_NOBODY, union([seen.sure, seen.perhaps]))
 
@@ -155,9 +160,8 @@ class _Branch:
 
 def union(sets: Iterable[Members]) -> Members:
     """The union; the largest of the sets itself if it holds all the others."""
-    ordered = sorted(sets, key=len, reverse=True)
-    if not ordered:
-        return _NOBODY
-    largest = ordered[0]
-    more = [member for members in ordered[1:] for member in members if member not in largest]
-    return {*largest, *more} if more else largest
+    result: Members = _NOBODY
+    for members in sorted(sets, key=len, reverse=True):
+        if not members <= result:
+            result = result | members if result else members
+    return result

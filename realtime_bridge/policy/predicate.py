@@ -5,7 +5,7 @@ here makes its literal unknown, and never by way of NOT a yes. `None` carries th
 bridge* (an absent column, a claim that does not cast), as against SQL's NULL, which is a truth value like others.
 
 Layer: pure. May import: change, policy.expression.
-Sources: rls.md sections 0 and 6.
+Sources: Kleene's three-valued logic as in https://www.postgresql.org/docs/current/functions-logical.html.
 """
 
 from collections.abc import Iterable, Mapping

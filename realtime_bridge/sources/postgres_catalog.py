@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 import asyncpg
+from asyncpg.prepared_stmt import PreparedStatement
 
 from realtime_bridge.change import Column, Relation
 from realtime_bridge.errors import ConfigurationError, SourceError
@@ -124,7 +125,7 @@ async def _connect(dsn: str) -> Connection:
             timeout=CONNECT_SECONDS,
             command_timeout=QUERY_SECONDS,
             statement_cache_size=0,
-            server_settings={"application_name": _APPLICATION, "synchronous_commit": "local"},
+            server_settings={"application_name": _APPLICATION},  # a pooler refuses most others
         )
     except (ValueError, asyncpg.ClientConfigurationError) as error:
         raise ConfigurationError(f"DATABASE_URL: {reason_of(error)}") from None
@@ -144,6 +145,7 @@ class Primary:
         self.connection = connection
         self._block = 8192
         self._segment = 16 << 20
+        self._moment: PreparedStatement[asyncpg.Record] | None = None
 
     async def prepare(self) -> None:
         """Make sure that the server can be a source at all.
@@ -162,7 +164,6 @@ class Primary:
                 "`ALTER SYSTEM SET wal_level = logical` and restart Postgres"
             )
         self._block, self._segment = row["block"], row["segment"]
-        self._moment = await self.connection.prepare(_MOMENT)
 
     async def refusal_to_replicate(self) -> str | None:
         """What to do about a role that may not replicate; None if this one may."""
@@ -173,6 +174,8 @@ class Primary:
 
     async def moment(self) -> Moment:
         """Read clock, WAL and snapshot, in this order."""
+        if self._moment is None:  # not earlier: behind a pooler there is nothing to prepare on
+            self._moment = await self.connection.prepare(_MOMENT)
         row = await self._moment.fetchrow()
         assert row is not None
         return Moment(row[0], end_of_record(row[1], self._block, self._segment), Snapshot.parse(row[2]))
@@ -182,7 +185,9 @@ class Primary:
 
         An open transaction's first rows can stay in memory for 15 s; a committed message takes them along.
         """
-        await self.connection.execute(_FLUSH.format(lsn=lsn_text(written)))
+        async with self.connection.transaction():
+            await self.connection.execute("SET LOCAL synchronous_commit = local")  # no standby is waited for
+            await self.connection.execute(_FLUSH.format(lsn=lsn_text(written)))
 
     async def is_synchronous_standby(self, pid: int) -> bool:
         """Whether commits may be waiting for this very walsender."""

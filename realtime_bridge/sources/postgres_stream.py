@@ -36,7 +36,7 @@ _IDLE_SECONDS: Final = 1.0
 _FIRST_LOOK_SECONDS: Final = 0.001
 _LONGEST_LOOK_SECONDS: Final = 0.25
 _STALL_SECONDS: Final = 2.0
-_VERIFY_SECONDS: Final = 10.0
+_VERIFY_SECONDS: Final = 5.0
 
 
 class Start(NamedTuple):

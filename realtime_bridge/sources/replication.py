@@ -32,8 +32,8 @@ PINNED: Final = {
 """Settings on which the text of values depends."""
 
 CONNECT_SECONDS: Final = 10
-_STATUS_SECONDS: Final = 5.0
-_SILENCE_SECONDS: Final = 30.0
+_STATUS_SECONDS: Final = 2.0
+_SILENCE_SECONDS: Final = 60.0
 """The server answers every request for a keepalive; after so long without a word the link is dead."""
 
 _XLOG_DATA: Final = ord("w")

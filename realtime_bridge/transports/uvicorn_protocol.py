@@ -6,11 +6,12 @@ client keeps the transport: a delivery is one `transport.write` of a prepared fr
 `uvicorn --ws realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol`; routes that do not ask for the
 takeover (`transports.sockets` does) notice nothing of it.
 
-Server-Sent Events will go the same way: a `BridgeHttpProtocol(HttpToolsProtocol)`, passed as `http=`, offers the same
-extension in its HTTP scopes. A route that asked for it starts its response; the protocol sends status line and headers
-with `connection: close`, so that the body needs no chunks and a prepared `Encoding.EVENT` is written as it is, marks
-the cycle complete, stops the keep-alive timer, and gives the transport to an `EventSink`: what `SocketSink` is below,
-less the parser, for which any input is merely a sign of life, and closing is a flush and the end.
+`BridgeHttpProtocol`, passed as `http=`, tells the bridge when uvicorn begins to stop, so that waiting polls are
+answered. Server-Sent Events will go through it the way WebSockets go: it offers the same extension in its HTTP scopes.
+A route that asked for it starts its response; the protocol sends status line and headers with `connection: close`, so
+that the body needs no chunks and a prepared `Encoding.EVENT` is written as it is, marks the cycle complete, stops the
+keep-alive timer, and gives the transport to an `EventSink`: what `SocketSink` is below, less the parser, for which any
+input is merely a sign of life, and closing is a flush and the end.
 
 Layer: edges. May import: wire.frames, hub.base.
 Sources: RFC 6455, sections 5.5 and 7; asyncio's transports and protocols; uvicorn 0.54; tcp(7) for TCP_NOTSENT_LOWAT.
@@ -25,6 +26,7 @@ from contextlib import suppress
 from typing import Any, ClassVar, Final, cast
 from urllib.parse import unquote
 
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -335,8 +337,18 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         return early
 
 
+class BridgeHttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, by which a bridge in the application hears that the server is being stopped."""
+
+    def shutdown(self) -> None:
+        bridge = self.app_state.get("realtime_bridge")
+        if bridge is not None:
+            bridge.drain()
+        super().shutdown()
+
+
 class RedactQuery(logging.Filter):
-    """Takes queries that hold a credential out of log records; meant for `uvicorn.access`."""
+    """Takes queries that hold a credential out of log records; meant for `uvicorn.access` and `uvicorn.error`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):

@@ -82,6 +82,7 @@ class NativeSocket:
         "_allowance",
         "_connection",
         "_endpoint",
+        "_gone",
         "_inbox",
         "_interest",
         "_said_at",
@@ -104,6 +105,7 @@ class NativeSocket:
         self._start = start
         self._connection: Connection | None = None
         self._inbox: deque[str] | None = None
+        self._gone = False
         self._allowance = float(MESSAGES_AT_ONCE)
         loop = asyncio.get_running_loop()
         self._said_at = loop.time()
@@ -138,6 +140,7 @@ class NativeSocket:
 
     def lost(self) -> None:
         """Forget the connection."""
+        self._gone = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -199,6 +202,8 @@ class NativeSocket:
 
     def _open(self, claims: Claims) -> None:
         hub = self._endpoint.hub
+        if self._gone:
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from redis.asyncio import Redis
@@ -224,6 +224,98 @@ async def settled(broker: RedisBroker) -> int:
         return (await broker.head()).number
     except BrokerError:
         return 0
+
+
+# -- the notification connection alone ------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Passes bytes on between brokers and a server, but can lose what the server says to subscribers."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.muted = False
+        self.url = ""
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator["Proxy"]:
+        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as server:
+            self.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            yield self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        subscribed = asyncio.Event()
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+
+        async def upstream() -> None:
+            while data := await reader.read(65536):
+                if b"SUBSCRIBE" in data:
+                    subscribed.set()
+                server_writer.write(data)
+            server_writer.close()
+
+        async def downstream() -> None:
+            while data := await server_reader.read(65536):
+                if not (self.muted and subscribed.is_set()):
+                    writer.write(data)
+            writer.close()
+
+        with suppress(ConnectionError):
+            await asyncio.gather(upstream(), downstream())
+
+
+async def test_lost_notifications_lose_nothing(server: EmbeddedValkey) -> None:
+    async with (
+        Proxy(server.port).listening() as proxy,
+        broker_at(server.url) as leader,
+        broker_at(proxy.url) as other,
+        following(other) as updates,
+    ):
+        token = await leader.acquire_lease(ttl=60)
+        await leader.append(token, changes(1, 2))
+        await entries_up_to(updates, 2)
+        proxy.muted = True
+        await leader.append(token, changes(3, 4))
+        assert seen(await entries_up_to(updates, 4)) == [3, 4]  # found by asking
+        await leader.append(token, changes(5, 6))
+        proxy.muted = False
+        await leader.append(token, changes(7))
+        assert seen(await entries_up_to(updates, 7)) == [5, 6, 7]  # a hole, or found by asking
+
+
+async def test_a_dead_notification_connection_is_told_though_redis_is_well(server: EmbeddedValkey) -> None:
+    async with (
+        Proxy(server.port).listening() as proxy,
+        broker_at(proxy.url) as broker,
+        following(broker) as updates,
+    ):
+        proxy.muted = True
+        await until_broken(updates)
+        await broker.head()
+
+
+async def test_a_follower_cut_off_by_redis_says_so_and_can_follow_again(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker, Redis.from_url(server.url) as redis:
+        token = await broker.acquire_lease(ttl=60)
+        async with following(broker) as updates:
+            await redis.client_kill_filter(_type="pubsub")
+            await until_broken(updates)
+        async with following(broker) as updates:
+            await broker.append(token, changes(1))
+            assert seen((await news(updates)).entries) == [1]
+
+
+async def test_a_stranger_on_the_channel_does_no_harm(server: EmbeddedValkey) -> None:
+    async with (
+        broker_at(server.url) as broker,
+        Redis.from_url(server.url) as redis,
+        following(broker) as updates,
+    ):
+        token = await broker.acquire_lease(ttl=60)
+        for data in (b"\xff", b"", b"another form", b"epoch 1 1 - n 0 3\nabc"):
+            await redis.publish("{faults}:history", data)
+        await broker.append(token, changes(1))
+        assert seen((await news(updates)).entries) == [1]
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class StubbornWriter:
         while not self.stopped:
             try:
                 await self._write()
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
                 await asyncio.sleep(0.05)
 
     async def _write(self) -> None:

@@ -74,9 +74,10 @@ class SteadyWriter:
         self._stop.set()
 
 
-async def read_titles(url: str, titles: list[str]) -> None:
+async def read_titles(url: str, titles: list[str], opened: asyncio.Event) -> None:
     async with open_socket(url, token(ADA)) as socket:
         assert (await receive(socket))["type"] == "ready"
+        opened.set()
         while True:
             message = await receive_data(socket, 60)
             assert message["type"] == "INSERT", message
@@ -89,11 +90,11 @@ async def test_another_goes_on_and_nothing_is_lost_or_doubled(
 ) -> None:
     async with two_bridges(database, redis_url, namespace) as (leader, follower):
         titles: list[str] = []
+        opened = asyncio.Event()
         writer = SteadyWriter(database)
         async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(read_titles(follower.url, titles))
-            await eventually(lambda: len(titles) >= 0 and reading)
-            await asyncio.sleep(0.2)  # the socket is open: what is written from now on is seen
+            reading = tasks.create_task(read_titles(follower.url, titles, opened))
+            await opened.wait()  # what is written from now on is seen
             tasks.create_task(writer.run())
             await eventually(lambda: len(titles) > 20)
             [before] = await readers(database)

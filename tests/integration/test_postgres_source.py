@@ -16,7 +16,7 @@ from realtime_bridge.errors import ConfigurationError, SourceError
 from realtime_bridge.sources.base import SourceBatch
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication, slot_status
 from realtime_bridge.sources.postgres_stream import PostgresStream
-from tests.services import eventually, running
+from tests.services import PgBouncer, eventually, running
 
 pytestmark = pytest.mark.integration
 
@@ -338,6 +338,21 @@ async def test_idle_traffic_elsewhere_moves_the_watermark_so_that_wal_is_freed(d
         assert await db.connection.fetchval(confirmed, db.slot, last)
 
 
+@pytest.mark.parametrize("backend_type", ["walsender", "client backend"])
+async def test_a_lost_connection_ends_the_iteration_and_the_next_one_continues(db: Database, backend_type: str) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        watermark = (await anext(stream)).watermark
+        await db.run(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+            f"AND backend_type = '{backend_type}' AND pid <> pg_backend_pid()"
+        )
+        await db.post("meanwhile")
+        with pytest.raises(SourceError):
+            await batches(stream, lambda found: False)
+    async with db.source().open(watermark, owner="ns/1") as stream:
+        assert titles(await read(stream, 1)) == ["meanwhile"]
+
+
 # -- gaps ------------------------------------------------------------------------------------------------------------
 
 
@@ -525,6 +540,13 @@ async def test_an_address_where_nobody_answers_says_so(postgres: EmbeddedPostgre
         await PostgresSource("mysql://localhost/x", slot="s", publication=PUBLICATION, tables=[POSTS]).check()
 
 
+async def test_a_pooler_is_refused_with_the_advice_to_connect_directly(db: Database) -> None:
+    with running(PgBouncer(db.dsn)) as pooler:
+        source = PostgresSource(pooler.dsn, slot=db.slot, publication=PUBLICATION, tables=[POSTS])
+        with pytest.raises((ConfigurationError, SourceError), match="pooler"):
+            await source.check()
+
+
 async def test_a_server_without_logical_replication_is_refused_with_the_sql_that_mends_it() -> None:
     with running(EmbeddedPostgres(options={"wal_level": "replica"})) as server:
         source = PostgresSource(server.dsn(), slot="s", publication=PUBLICATION, tables=[POSTS])
@@ -550,6 +572,21 @@ async def test_time_is_proven_although_an_open_transaction_keeps_wal_in_memory(d
         assert found == []
         await db.run("COMMIT")
         assert titles(await read(stream, 1)) == ["open"]
+
+
+async def test_time_is_proven_at_the_start_of_a_wal_segment_without_writing_anything(namespace: str) -> None:
+    with running(EmbeddedPostgres(options={"autovacuum": "off"})) as server:
+        admin = await asyncpg.connect(server.dsn())
+        try:
+            await admin.execute("CREATE TABLE posts (id int PRIMARY KEY)")
+            async with opened(server.dsn(), namespace) as db, db.source().open(None, owner="ns/1") as stream:
+                await admin.execute("SELECT pg_switch_wal()")
+                await read_until_idle(stream)
+                await read_until_idle(stream)
+                written = "SELECT pg_walfile_name_offset(pg_current_wal_insert_lsn())::text"
+                assert str(await admin.fetchval(written)).endswith(",40)")
+        finally:
+            await admin.close()
 
 
 async def test_what_is_proven_was_given(db: Database) -> None:

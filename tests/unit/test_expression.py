@@ -91,6 +91,7 @@ def test_what_can_be_decided_becomes_a_tree(sql: str, expected: Expression) -> N
         ("org in (select org from members)", "org IN (SELECT org FROM members)"),
         ("(select true from members)", "(SELECT true FROM members)"),
         ("(select true where false)", "(SELECT true WHERE false)"),
+        ("auth.jwt() ->> lower('A') = b", "auth.jwt() ->> lower('A')"),
         ("auth.jwt() -> 'a' = '1'", "auth.jwt() -> 'a'"),
         ("auth.jwt() #>> '{a,b}' = c", "auth.jwt() #>> '{a,b}'"),
         ("(auth.jwt() -> 'roles') ->> 0 = c", "(auth.jwt() -> 'roles') ->> 0"),

@@ -10,7 +10,7 @@ def ids(branch: str, *numbers: int) -> list[str]:
 
 def trail_of(*numbers: int, branch: str = "a") -> Trail:
     trail = Trail()
-    trail.restart("e1", numbers[0] - 1, f"{branch}{numbers[0] - 1}")
+    trail.restart("e1", numbers[0] - 1, ids(branch, numbers[0] - 1) if numbers[0] > 1 else ())
     trail.extend(numbers[0], trail.id, ids(branch, *numbers))
     return trail
 
@@ -20,6 +20,9 @@ def test_a_new_trail_has_seen_nothing() -> None:
     assert trail.mark == ("", 0, "")
     assert trail.id_of(0) == ""
     assert trail.id_of(1) is None
+    trail = trail_of(5)
+    trail.forget()
+    assert trail.mark == ("", 0, "")
 
 
 def test_ids_are_remembered_by_number() -> None:
@@ -79,7 +82,7 @@ def test_nothing_is_known_beyond_an_epoch_without_parent() -> None:
 @given(st.lists(st.tuples(st.sampled_from(["extend", "rewind"]), st.integers(1, 30), st.integers(1, 5))))
 def test_a_trail_equals_the_branch_it_follows(steps: list[tuple[str, int, int]]) -> None:
     trail = Trail()
-    trail.restart("e", 0, "")
+    trail.restart("e", 0, ())
     branch: list[str] = []
     for turn, (step, at, count) in enumerate(steps):
         if step == "extend":
