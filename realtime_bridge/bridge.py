@@ -260,7 +260,7 @@ class _BackgroundTasks:
 
 
 def _keep_tokens_out_of_uvicorns_log() -> None:
-    """uvicorn's lines hold the address as it came; with its own protocol classes also that of a WebSocket."""
+    """Uvicorn's lines hold the address as it came; with its own protocol classes also that of a WebSocket."""
     for name in ("uvicorn.access", "uvicorn.error"):
         target = logging.getLogger(name)
         if not any(isinstance(present, RedactQuery) for present in target.filters):
@@ -321,7 +321,8 @@ def make_source(settings: Settings, database: Database | None) -> Source:
             transaction_rows=settings.transaction_rows,
         )
     assert settings.supabase_url is not None, "settings.require has looked"
-    return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables)
+    keys = None if database is None else database.primary_key
+    return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables, keys=keys)
 
 
 def _secret(value: Any) -> str:

@@ -48,6 +48,17 @@ _OWN_SEARCH_PATH: Final = "pg_catalog, pg_temp"
 _CALLER_SEARCH_PATH: Final = "public, extensions, pg_temp"
 _LOGIN_ROLE: Final = "none"
 
+_PRIMARY_KEY: Final = """
+select a.attname
+from pg_index i
+join pg_class c on c.oid = i.indrelid
+join pg_namespace n on n.oid = c.relnamespace
+cross join unnest(i.indkey::int2[]) with ordinality as k (attnum, place)
+join pg_attribute a on a.attrelid = c.oid and a.attnum = k.attnum
+where i.indisprimary and n.nspname = $1 and c.relname = $2
+order by k.place
+"""
+
 
 class Database:
     """A pool of few connections to the primary.
@@ -185,6 +196,17 @@ class Database:
         async with self.transaction(readonly=True) as connection:
             if await connection.fetchval("select pg_is_in_recovery()"):
                 raise DatabaseError("Postgres is a standby: the bridge needs the primary")
+
+    async def primary_key(self, table: str) -> list[str]:
+        """The columns of a table's primary key, in the key's order; empty if it has none or does not exist.
+
+        Raises:
+            DatabaseError: Postgres cannot be asked.
+        """
+        schema, _, name = table.partition(".")
+        async with self.transaction(readonly=True) as connection:
+            rows = await connection.fetch(_PRIMARY_KEY, schema, name)
+        return [row["attname"] for row in rows]
 
     async def clock_offset(self) -> float:
         """Seconds by which Postgres' clock is ahead of ours: the answer of the quickest of three questions.

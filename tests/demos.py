@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,8 +78,9 @@ class Demo:
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self._process.kill()
         self._process.wait()
-        while processes_of(self.home):
-            pass
+        wait_for_guards = time.monotonic() + 20
+        while processes_of(self.home) and time.monotonic() < wait_for_guards:
+            time.sleep(0.05)
         self._folder.__exit__(None, None, None)
         if kind is not None:
             sys.stderr.write(f"--- standard error of the demo ---\n{self.errors[-8000:]}\n")

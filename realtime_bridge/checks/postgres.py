@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 from typing import Final
 
 from realtime_bridge.bridge import make_policy
-from realtime_bridge.checks.clocks import clock_outcome
 from realtime_bridge.checks.facts import (
     Facts,
     Role,
@@ -22,8 +21,16 @@ from realtime_bridge.checks.facts import (
     read_tables,
 )
 from realtime_bridge.checks.finding import Finding, Outcome, failed, find, named, ok, problem, skip
-from realtime_bridge.checks.server import PUBLICATION_CHECKS, SERVER_CHECKS, SOURCE_CHECKS
-from realtime_bridge.checks.tables import ACCESS_CHECKS, ROLE_CHECKS, TABLE_CHECKS, decision, may_see, table
+from realtime_bridge.checks.server import CLOCK_CHECKS, PUBLICATION_CHECKS, SERVER_CHECKS, SOURCE_CHECKS
+from realtime_bridge.checks.tables import (
+    ACCESS_CHECKS,
+    PUBLISHED_CHECKS,
+    ROLE_CHECKS,
+    TABLE_CHECKS,
+    decision,
+    may_see,
+    table,
+)
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, ConfigurationError, SourceError
@@ -39,25 +46,26 @@ _NO_ENGINE: Final = "the policies cannot be used"
 async def look_at_postgres(settings: Settings, source: Source) -> list[Finding]:
     """Everything about the database, and about reading changes from it."""
     if settings.database_url is None:
-        return [Finding("database", "skipped", "DATABASE_URL is not set: BRIDGE_POLICIES alone decides who sees what.")]
+        told = "DATABASE_URL is not set: BRIDGE_POLICIES alone decides who sees what."
+        return [Finding("database", "skipped", told), named("policies", await _rules(settings))]
     async with AsyncExitStack() as stack:
         try:
             database = Database(settings.database_url.get_secret_value(), max_size=_CONNECTIONS)
             await stack.enter_async_context(database)
         except BridgeError as error:
-            return [_unreachable(error), *_skipped(settings, "the database cannot be reached")]
+            return _and_skipped([_unreachable(error)], settings, "the database cannot be reached")
         findings = [named("database", _reached(database))]
         try:
             async with database.transaction(readonly=True) as connection:
                 server = await read_server(connection)
             findings += find(SERVER_CHECKS, server)
             if failed(findings):
-                return findings + _skipped(settings, "this Postgres is too old")
+                return _and_skipped(findings, settings, "this Postgres is too old")
             facts = await _read_facts(settings, database, server)
-            findings.append(named("postgres_clock", clock_outcome("Postgres", await database.clock_offset())))
+            findings += find(CLOCK_CHECKS, await database.clock_offset())
         except BridgeError as error:
             unread = Finding("facts", "problem", f"What Postgres knows of the tables cannot be read: {error}.")
-            return [*findings, unread, *_skipped(settings, "Postgres could not be asked")]
+            return _and_skipped([*findings, unread], settings, "Postgres could not be asked")
         findings += await _of_changes(settings, facts, source)
         findings += await _of_policies(settings, facts, database)
         return findings
@@ -102,18 +110,21 @@ async def _read_facts(settings: Settings, database: Database, server: Server) ->
 async def _of_changes(settings: Settings, facts: Facts, source: Source) -> list[Finding]:
     findings = find(SOURCE_CHECKS, facts) if facts.owned else []
     findings += find(PUBLICATION_CHECKS, facts)
+    of_rows: list[Finding] = []
     for about in facts.tables:
         present = find((table,), facts, about, of=about.name)
         findings += present
         if failed(present):
-            findings += skip(TABLE_CHECKS, f"{about.name} cannot be published", of=about.name)
+            because = f"{about.name} cannot be published"
+            of_rows += skip((*PUBLISHED_CHECKS, *TABLE_CHECKS), because, of=about.name)
         else:
-            findings += find(TABLE_CHECKS, facts, about, of=about.name)
+            findings += find(PUBLISHED_CHECKS, facts, about, of=about.name)
+            of_rows += find(TABLE_CHECKS, facts, about, of=about.name)
     if not facts.owned:
-        return findings
+        return findings + of_rows
     if failed(findings):
-        return findings + skip([replication], "there are other problems first")
-    return [*findings, named(replication.__name__, await replication(source))]
+        return findings + of_rows + skip([replication], "other problems come first")
+    return [*findings, *of_rows, named(replication.__name__, await replication(source))]
 
 
 async def replication(source: Source) -> Outcome:
@@ -149,6 +160,15 @@ async def _of_policies(settings: Settings, facts: Facts, database: Database) -> 
     return findings
 
 
+async def _rules(settings: Settings) -> Outcome:
+    """Whether BRIDGE_POLICIES can be used where there is no database to look at."""
+    try:
+        await make_policy(settings, None).load()
+    except ConfigurationError as error:
+        return problem(f"{str(error).rstrip('.')}.")
+    return ok("BRIDGE_POLICIES is understood.")
+
+
 def _pair(about: Table, who: Role) -> str:
     return f"{about.name} {who.name}"
 
@@ -163,12 +183,17 @@ def _claims(who: Role) -> Claims:
 # -- what could not be looked at ---------------------------------------------------------------------------------------
 
 
+def _and_skipped(found: list[Finding], settings: Settings, because: str) -> list[Finding]:
+    """What was found, and every other check as skipped."""
+    names = {finding.name for finding in found}
+    return found + [skipped for skipped in _skipped(settings, because) if skipped.name not in names]
+
+
 def _skipped(settings: Settings, because: str) -> list[Finding]:
-    """Every check that comes after the connection, skipped."""
     owned = settings.source_kind == "postgres"
-    findings = skip([*(SOURCE_CHECKS if owned else ()), *PUBLICATION_CHECKS], because)
+    findings = skip([*SERVER_CHECKS, *CLOCK_CHECKS, *(SOURCE_CHECKS if owned else ()), *PUBLICATION_CHECKS], because)
     for name in settings.tables:
-        findings += skip([table, *TABLE_CHECKS], because, of=name)
+        findings += skip([table, *PUBLISHED_CHECKS, *TABLE_CHECKS], because, of=name)
     findings += skip([replication] if owned else [], because)
     for role in settings.roles:
         findings += skip(ROLE_CHECKS, because, of=role)

@@ -7,6 +7,7 @@ Layer: whole. May import: checks.*.
 
 from typing import Final
 
+from realtime_bridge.checks.clocks import clock_outcome
 from realtime_bridge.checks.facts import OLDEST_VERSION, Facts, Server
 from realtime_bridge.checks.finding import Outcome, ok, problem, warning
 
@@ -19,6 +20,11 @@ def postgres_version(server: Server) -> Outcome:
     if not server.supported:
         return problem(f"Postgres is {server.version_text}; the bridge needs {OLDEST_VERSION} or later.")
     return ok(f"Postgres is {server.version_text}.")
+
+
+def postgres_clock(offset: float) -> Outcome:
+    """Postgres' clock dates the changes."""
+    return clock_outcome("Postgres", offset)
 
 
 def wal_level(facts: Facts) -> Outcome:
@@ -145,6 +151,7 @@ def _by_fix(facts: Facts) -> str:
 
 
 SERVER_CHECKS: Final = (postgres_version,)
+CLOCK_CHECKS: Final = (postgres_clock,)
 SOURCE_CHECKS: Final = (wal_level, replication_slots, wal_senders, slot, slot_lag, slot_limit)
 """Of the `postgres` source alone."""
 PUBLICATION_CHECKS: Final = (publication, partitions)

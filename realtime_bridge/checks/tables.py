@@ -150,17 +150,16 @@ def _publish_whole(facts: Facts, about: Table) -> str:
     return f"{alter} DROP TABLE {about.sql_name}; {alter} ADD TABLE {about.sql_name};"
 
 
+PUBLISHED_CHECKS: Final = (published, row_filter)
 TABLE_CHECKS: Final = (
     primary_key,
     replica_identity,
-    published,
-    row_filter,
     columns,
     column_types,
     row_level_security,
     auth_functions,
 )
-"""Of a table that exists: `table` comes first."""
+"""Both of a table that exists: `table` comes first."""
 
 # -- a role ------------------------------------------------------------------------------------------------------------
 

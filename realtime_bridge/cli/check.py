@@ -1,6 +1,7 @@
 """`realtime-bridge check`: why nothing arrives, and what mends it."""
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,6 +41,7 @@ def check(
             raise
         _print_json([Finding("settings", "problem", str(error))], [])
         raise typer.Exit(2) from None
+    logging.getLogger().addHandler(logging.NullHandler())  # what is wrong is told once, as a finding
     done, findings = asyncio.run(_look(settings, fix=fix))
     if as_json:
         _print_json(findings, done)

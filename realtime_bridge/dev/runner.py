@@ -6,6 +6,7 @@ Layer: whole (dev). May import: everything.
 """
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
@@ -62,6 +63,7 @@ def run(options: Options) -> None:
         UnavailableError: a part did not start, or has died.
     """
     _forget_environment()
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # of a dead Postgres we tell ourselves
     asyncio.run(_Demo(options).run())
 
 

@@ -195,7 +195,7 @@ def test_a_redis_that_forgets_all_at_a_restart_is_told(
 @pytest.mark.parametrize(
     ("secret", "expected"),
     [
-        ("short", "warning"),
+        ("hunter2", "warning"),
         (SECRET, "ok"),
         ("-----BEGIN PUBLIC KEY-----\nMFk=\n-----END PUBLIC KEY-----\n", "problem"),
         (None, "ok"),

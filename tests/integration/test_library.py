@@ -1,0 +1,73 @@
+"""The bridge inside an application of one's own, under a plain uvicorn and under the one with the fast path."""
+
+import asyncio
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+
+from realtime_bridge.dev.processes import reserve_port
+from realtime_bridge.sources.postgres import ensure_publication
+from tests.bridges import PUBLICATION, environment
+from tests.clients import bearer, open_socket, receive, receive_data
+from tests.services import eventually, token
+
+pytestmark = pytest.mark.integration
+
+ADA = str(uuid.UUID(int=1))
+ROOT = Path(__file__).parents[2]
+FAST = ["--ws", "realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol"]
+
+
+@asynccontextmanager
+async def own_application(database: str, namespace: str, *arguments: str) -> AsyncIterator[str]:
+    """`uvicorn examples.own_app:app` as its docstring says: its address."""
+    with reserve_port() as held:
+        port = held.getsockname()[1]
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    given = environment(database, BRIDGE_SLOT=namespace.replace("-", "_"))
+    command = [sys.executable, "-m", "uvicorn", "examples.own_app:app", "--port", str(port), *arguments]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    url = f"http://127.0.0.1:{port}"
+
+    async def is_ready() -> bool:
+        async with httpx.AsyncClient() as client:
+            try:
+                return (await client.get(f"{url}/readyz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+    try:
+        await eventually(is_ready, 30)
+        yield url
+    finally:
+        process.terminate()
+        errors = await process.stderr.read()
+        await process.wait()
+    assert b"Traceback" not in errors, errors.decode()
+    assert b"eyJ" not in errors
+
+
+@pytest.mark.parametrize("arguments", [[], FAST], ids=["plain", "fast"])
+async def test_an_application_of_ones_own_carries_the_bridge(
+    arguments: list[str], database: str, namespace: str
+) -> None:
+    async with own_application(database, namespace, *arguments) as url:
+        async with httpx.AsyncClient(headers=bearer(token(ADA))) as http:
+            assert (await http.get(f"{url}/whoami")).json() == {"sub": ADA, "role": "authenticated"}
+            async with open_socket(url, None, token=token(ADA)) as socket:
+                assert (await receive(socket))["type"] == "ready"
+                assert (await http.post(f"{url}/posts", json={"title": "mine"})).status_code == 201
+                assert (await receive_data(socket))["record"]["title"] == "mine"
+            connection = await asyncpg.connect(database)
+            assert await connection.fetchval("select count(*) from posts") == 1
+            await connection.close()

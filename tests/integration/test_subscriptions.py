@@ -1,0 +1,188 @@
+"""Subscriptions by message and by address: tables, filters, columns, operations, positions, resyncs."""
+
+import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from websockets.asyncio.client import ClientConnection
+
+from realtime_bridge.sources.postgres import ensure_publication
+from tests.bridges import PUBLICATION, BridgeProcess
+from tests.clients import Message, open_socket, receive, receive_data
+from tests.services import token
+
+pytestmark = pytest.mark.integration
+
+ADA = str(uuid.UUID(int=1))
+TABLES = ["public.posts", "public.notes"]
+NOTES = """
+create table notes (id int, part text, owner uuid, mood text, score numeric, primary key (id, part));
+alter table notes replica identity full;
+alter table notes enable row level security;
+create policy own on notes for select using (owner = auth.uid());
+grant select on notes to authenticated;
+"""
+
+
+@asynccontextmanager
+async def notes_bridge(
+    database: str, namespace: str, **settings: str
+) -> AsyncIterator[tuple[BridgeProcess, asyncpg.Connection]]:
+    connection = await asyncpg.connect(database)
+    await connection.execute(NOTES)
+    await ensure_publication(database, PUBLICATION, TABLES)
+    slot = namespace.replace("-", "_")
+    async with BridgeProcess(database, BRIDGE_SLOT=slot, BRIDGE_TABLES=",".join(TABLES), **settings) as bridge:
+        yield bridge, connection
+    await connection.close()
+
+
+async def say(socket: ClientConnection, **message: Any) -> None:
+    await socket.send(json.dumps(message))
+
+
+async def next_of(socket: ClientConnection, kind: str) -> Message:
+    while (message := await receive(socket))["type"] != kind:
+        pass
+    return message
+
+
+async def test_the_address_subscribes_to_all_tables_or_to_those_it_names(database: str, namespace: str) -> None:
+    async with notes_bridge(database, namespace) as (bridge, connection):
+        async with (
+            open_socket(bridge.url, token(ADA)) as everything,
+            open_socket(bridge.url, token(ADA), table="notes") as notes,
+            open_socket(bridge.url, token(ADA), table="") as nothing,
+        ):
+            assert (await receive(everything))["tables"] == TABLES
+            assert (await receive(notes))["tables"] == ["public.notes"]
+            assert (await receive(nothing))["tables"] == []
+            await connection.execute("insert into posts (user_id, title) values ($1, 'x')", ADA)
+            await connection.execute("insert into notes values (1, 'a', $1)", ADA)
+            assert [(await receive_data(everything))["table"] for _ in range(2)] == ["posts", "notes"]
+            assert (await receive_data(notes))["table"] == "notes"
+            await say(nothing, type="ping")
+            assert (await receive(nothing))["type"] == "pong"  # and no change before it
+
+
+async def test_subscriptions_by_message_carry_their_ids_and_share_a_message(database: str, namespace: str) -> None:
+    async with notes_bridge(database, namespace) as (bridge, connection):
+        async with open_socket(bridge.url, token(ADA), table="") as socket:
+            await receive(socket)
+            await say(socket, type="subscribe", id="all", table="public.notes")
+            await say(socket, type="subscribe", id="same", table="notes")
+            await say(socket, type="subscribe", id="happy", table="notes", filter="mood=eq.happy")
+            await say(socket, type="subscribe", id="brief", table="notes", columns=["mood"])
+            await say(socket, type="subscribe", id="gone", table="notes", events=["DELETE"])
+            for id_ in ("all", "same", "happy", "brief", "gone"):
+                assert (await next_of(socket, "subscribed"))["id"] == id_
+            await say(socket, type="ping")
+            await next_of(socket, "pong")
+
+            await connection.execute("insert into notes values (1, 'a', $1, 'sad', 1.50)", ADA)
+            whole, brief = sorted(
+                [await receive_data(socket) for _ in range(2)], key=lambda m: len(m["record"]), reverse=True
+            )
+            assert whole["subscriptions"] == ["all", "same"]
+            assert whole["record"]["score"] == 1.5
+            assert (brief["subscriptions"], brief["record"]) == (["brief"], {"id": 1, "part": "a", "mood": "sad"})
+
+            await connection.execute("update notes set mood = 'happy'")
+            by_id = {tuple(m["subscriptions"]): m for m in [await receive_data(socket) for _ in range(3)]}
+            assert by_id["all", "same"]["type"] == "UPDATE"
+            assert by_id["happy",]["type"] == "INSERT"  # it enters the filter
+            await connection.execute("update notes set mood = 'sad'")
+            by_id = {tuple(m["subscriptions"]): m for m in [await receive_data(socket) for _ in range(3)]}
+            left = by_id["happy",]
+            assert (left["type"], left["left"], left["old_record"]) == ("DELETE", True, {"id": 1, "part": "a"})
+            await connection.execute("delete from notes")
+            deleted = [await receive_data(socket) for _ in range(2)]
+            assert {tuple(m["subscriptions"]) for m in deleted} == {("all", "same", "gone"), ("brief",)}
+            assert all(m["type"] == "DELETE" and "left" not in m for m in deleted)
+
+
+async def test_a_refused_subscription_says_why_and_the_connection_lives_on(database: str, namespace: str) -> None:
+    async with notes_bridge(database, namespace) as (bridge, _):
+        async with open_socket(bridge.url, token(ADA)) as socket:
+            await receive(socket)
+            for request, code, words in [
+                ({"id": "a", "table": "public.secrets"}, 4403, "not served"),
+                ({"id": "a", "table": 7}, 4400, "table"),
+                ({"id": "", "table": "posts"}, 4400, "id"),
+                ({"id": "x" * 65, "table": "posts"}, 4400, "id"),
+                ({"table": "posts"}, 4400, "id"),
+                ({"id": "a", "table": "posts", "filter": 3}, 4400, "filter"),
+                ({"id": "a", "table": "posts", "filter": "title=match.x"}, 4400, "match"),
+                ({"id": "a", "table": "posts", "events": ["EXPLODE"]}, 4400, "events"),
+                ({"id": "a", "table": "posts", "columns": "title"}, 4400, "columns"),
+                ({"id": "a", "table": "posts", "position": "x"}, 4400, "position"),
+                ({"id": "a", "table": "posts", "position": 5}, 4400, "position"),
+            ]:
+                await say(socket, type="subscribe", **request)
+                error = await next_of(socket, "error")
+                assert (error["code"], words in error["detail"]) == (code, True), (request, error)
+            await say(socket, type="unsubscribe", id="never")
+            assert (await next_of(socket, "error"))["code"] == 4400
+            await say(socket, type="subscribe", id="a", table="posts")
+            assert (await next_of(socket, "subscribed"))["id"] == "a"
+            await say(socket, type="subscribe", id="a", table="posts")
+            assert "already" in (await next_of(socket, "error"))["detail"]
+            await say(socket, type="unsubscribe", id="a")
+            assert (await next_of(socket, "unsubscribed"))["id"] == "a"
+
+
+async def test_a_subscription_resumes_by_its_own_position(database: str, namespace: str) -> None:
+    async with notes_bridge(database, namespace) as (bridge, connection):
+        async with open_socket(bridge.url, token(ADA)) as socket:
+            start = (await receive(socket))["position"]
+            for i in range(3):
+                await connection.execute("insert into notes values ($1, 'a', $2)", i, ADA)
+            seen = [await receive_data(socket) for _ in range(3)]
+            await say(socket, type="subscribe", id="late", table="notes", position=seen[0]["position"])
+            assert (await next_of(socket, "subscribed"))["position"] == seen[0]["position"]
+            again = [await receive_data(socket) for _ in range(2)]
+            assert [(m["record"]["id"], m["subscriptions"]) for m in again] == [(1, ["late"]), (2, ["late"])]
+        async with open_socket(bridge.url, token(ADA), position=start) as back:
+            assert (await receive(back))["position"] == start
+            assert [(await receive_data(back))["record"]["id"] for _ in range(3)] == [0, 1, 2]
+
+
+async def test_truncate_and_bulk_are_told_as_a_resync_of_the_table(database: str, namespace: str) -> None:
+    async with notes_bridge(database, namespace, BRIDGE_TRANSACTION_ROWS="100", BRIDGE_RESYNC_SECONDS="1") as (
+        bridge,
+        connection,
+    ):
+        async with open_socket(bridge.url, token(ADA)) as socket:
+            await receive(socket)
+            await connection.execute("insert into notes select i, 'a', $1 from generate_series(1, 500) i", ADA)
+            bulk = await receive_data(socket)
+            assert (bulk["type"], bulk["table"], bulk["reason"]) == ("resync", "public.notes", "bulk")
+            assert bulk["after_ms"] >= 0
+            await connection.execute("truncate notes")
+            truncated = await receive_data(socket)  # held until it may be told
+            assert (truncated["type"], truncated["reason"]) == ("resync", "truncated")
+            await connection.execute("insert into notes values (1, 'a', $1)", ADA)
+            assert (await receive_data(socket))["type"] == "INSERT"
+
+
+async def test_a_table_without_row_level_security_delivers_nothing_and_says_so(database: str, namespace: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "create table open_to_all (id int primary key); grant select on open_to_all to authenticated"
+    )
+    await connection.execute("alter table open_to_all replica identity full")
+    await ensure_publication(database, PUBLICATION, ["public.open_to_all"])
+    slot = namespace.replace("-", "_")
+    async with BridgeProcess(database, BRIDGE_SLOT=slot, BRIDGE_TABLES="public.open_to_all") as bridge:
+        async with open_socket(bridge.url, token(ADA)) as socket:
+            assert (await receive(socket))["tables"] == []
+            error = await receive(socket)
+            assert (error["type"], error["code"]) == ("error", 4403)
+            await connection.execute("insert into open_to_all values (1)")
+            await say(socket, type="ping")
+            assert (await receive(socket))["type"] == "pong"
+    await connection.close()
