@@ -45,3 +45,10 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+
+# docs: put the table of settings that the code prints between its marks in docs/operations.md.
+.PHONY: docs
+docs: $(READY)
+	$(BIN)/python -c 'import pathlib, re; from realtime_bridge.settings import describe; \
+	path = pathlib.Path("docs/operations.md"); \
+	path.write_text(re.sub(r"(?s)(<!-- settings.*?-->\n).*(\n<!-- end)", lambda m: m[1] + describe() + m[2], path.read_text()))'

@@ -1,7 +1,7 @@
 """Everything an operator can choose, read once from the environment or a `.env` file.
 
 Layer: words.
-Sources: the table of settings in docs/operations.md is printed from here by `python -m realtime_bridge.settings`.
+Sources: the table of settings in docs/operations.md is printed from here by `make docs`.
 """
 
 import os
@@ -198,7 +198,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def describe() -> str:
-    """Print every setting as a Markdown table, for docs/operations.md."""
+    """Every setting as a Markdown table, for docs/operations.md."""
     lines = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         variable = name.upper() if field.validation_alias else _PREFIX + name.upper()
@@ -206,7 +206,3 @@ def describe() -> str:
         shown = "-" if default in (None, "", {}) else f"`{default}`"
         lines.append(f"| `{variable}` | {shown} | {field.description} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(describe())  # noqa: T201  (the command that prints the table)

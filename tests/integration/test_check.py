@@ -379,6 +379,7 @@ async def test_a_wrong_password_is_told_and_never_shown(namespace: str, tmp_path
         result = run("check", folder=tmp_path, environment=environment(address))
         assert result.returncode == 1
         assert "refuses the user or the password" in result.stdout
+        assert result.stdout.count("skipped ") == 1, "what has one reason is one line"
         assert "not-it-at-all" not in result.stdout + result.stderr
 
 
