@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from realtime_bridge.cli import dev, serve, token
+from realtime_bridge.cli import check, dev, serve, teardown, token
 from realtime_bridge.errors import BridgeError, ConfigurationError
 
 cli = typer.Typer(
@@ -17,7 +17,7 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve.serve, dev.dev, token.token):
+for command in (serve.serve, dev.dev, check.check, token.token, teardown.teardown):
     cli.command()(command)
 
 
