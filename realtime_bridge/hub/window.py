@@ -11,6 +11,7 @@ from realtime_bridge.change import Change, Entry
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.wire.frames import text_frame
 from realtime_bridge.wire.native import Form, change_message
+from realtime_bridge.wire.sse import wrap_event
 
 
 def wrap(encoding: Encoding, message: bytes, position: str) -> bytes:
@@ -18,8 +19,7 @@ def wrap(encoding: Encoding, message: bytes, position: str) -> bytes:
     if encoding is Encoding.FRAME:
         return text_frame(message)
     if encoding is Encoding.EVENT:
-        head = f"id: {position}\n".encode() if position else b""
-        return head + b"data: " + message + b"\n\n"
+        return wrap_event(message, position)
     return message
 
 

@@ -1,9 +1,9 @@
-"""The sink for any ASGI server: what is written waits in a bounded list until the server takes it.
+"""The sinks for any ASGI server: what is written waits in a bounded list until the server takes it.
 
 Slower and heavier than `transports.uvicorn_protocol`, and blind to pongs and to what the server itself has buffered,
 but it needs nothing of the server, and the hub cannot tell the difference.
 
-Layer: edges. May import: errors, wire.frames, hub.base.
+Layer: edges. May import: errors, wire, hub.base.
 Sources: the ASGI specification, WebSocket spec 2.4; asyncio.timeout as the one deadline of a closing connection.
 """
 
@@ -11,14 +11,16 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import ClassVar, Final
 
-from starlette.types import Message
+from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from realtime_bridge.errors import MessageTooLargeError
 from realtime_bridge.hub.base import Encoding, Receiver, Sink
+from realtime_bridge.wire import native
 from realtime_bridge.wire.frames import MESSAGE_BYTES, clip_reason
+from realtime_bridge.wire.sse import COMMENT, wrap_event
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +28,19 @@ CLOSE_SECONDS: Final = 10.0
 """How long the server may take to send what was written before a close."""
 
 
-class AsgiSink:
-    """An accepted ASGI WebSocket as a `Sink`.
+class _AsgiSink:
+    """What every sink over ASGI has in common.
 
     What the hub writes while the sink is `full` is kept too, so the list is bounded by what the hub does with that
     hint: at most one turn's messages over the limit.
     """
 
-    encoding = Encoding.JSON
+    encoding: Encoding
+    _end_of_link: ClassVar[str]
 
-    def __init__(self, websocket: WebSocket, *, send_buffer_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, *, send_buffer_bytes: int) -> None:
         self.full = False
-        self._websocket = websocket
+        self._receive, self._to_server = receive, send
         self._high, self._low = send_buffer_bytes, send_buffer_bytes // 4
         self._receiver: Receiver | None = None
         self._waiting: deque[bytes] = deque()
@@ -93,8 +96,8 @@ class AsgiSink:
 
     async def _carry(self, receiver: Receiver) -> None:
         async with asyncio.TaskGroup() as tasks:
-            writer = tasks.create_task(self._send_all(receiver), name="websocket writer")
-            while (message := await self._websocket.receive())["type"] != "websocket.disconnect":
+            writer = tasks.create_task(self._send_all(receiver), name="asgi writer")
+            while (message := await self._receive())["type"] != self._end_of_link:
                 if self._open:
                     self._take(message, receiver)
             writer.cancel()
@@ -106,14 +109,13 @@ class AsgiSink:
             self._wake.clear()
             while self._waiting:
                 message = self._waiting.popleft()
-                await self._send({"type": "websocket.send", "text": message.decode()})
+                await self._send(self._carrier(message))
                 self._pay(len(message), receiver)
-        code, reason = self._close
-        await self._send({"type": "websocket.close", "code": code, "reason": reason})
+        await self._send(self._ending(*self._close))
 
     async def _send(self, message: Message) -> None:
         try:
-            await self._websocket.send(message)
+            await self._to_server(message)
         except (OSError, WebSocketDisconnect, RuntimeError):  # the last when the server has begun to close by itself
             self.abort()
 
@@ -123,6 +125,37 @@ class AsgiSink:
             self.full = False
             if self._open:
                 receiver.room()
+
+    def _pretend_pong(self) -> None:
+        if self._open and self._receiver is not None:
+            self._receiver.alive()
+
+    # what the protocol decides
+
+    def _carrier(self, message: bytes) -> Message:
+        raise NotImplementedError
+
+    def _ending(self, code: int, reason: str) -> Message:
+        raise NotImplementedError
+
+    def _take(self, message: Message, receiver: Receiver) -> None:
+        receiver.alive()
+
+
+class AsgiSink(_AsgiSink):
+    """An accepted ASGI WebSocket as a `Sink`."""
+
+    encoding = Encoding.JSON
+    _end_of_link = "websocket.disconnect"
+
+    def __init__(self, websocket: WebSocket, *, send_buffer_bytes: int) -> None:
+        super().__init__(websocket.receive, websocket.send, send_buffer_bytes=send_buffer_bytes)
+
+    def _carrier(self, message: bytes) -> Message:
+        return {"type": "websocket.send", "text": message.decode()}
+
+    def _ending(self, code: int, reason: str) -> Message:
+        return {"type": "websocket.close", "code": code, "reason": reason}
 
     def _take(self, message: Message, receiver: Receiver) -> None:
         receiver.alive()
@@ -138,6 +171,19 @@ class AsgiSink:
         logger.info("client refused", extra={"close_code": code, "reason": reason})
         self.close(code, reason)
 
-    def _pretend_pong(self) -> None:
-        if self._open and self._receiver is not None:
-            self._receiver.alive()
+
+class AsgiEventSink(_AsgiSink):
+    """A started ASGI response of Server-Sent Events as a `Sink`; its close is told as an `error` message."""
+
+    encoding = Encoding.EVENT
+    _end_of_link = "http.disconnect"
+
+    def ping(self) -> None:
+        self.write((COMMENT,))
+        super().ping()
+
+    def _carrier(self, message: bytes) -> Message:
+        return {"type": "http.response.body", "body": message, "more_body": True}
+
+    def _ending(self, code: int, reason: str) -> Message:
+        return {"type": "http.response.body", "body": wrap_event(native.error(code, reason)), "more_body": False}

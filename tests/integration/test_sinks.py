@@ -27,9 +27,10 @@ from websockets.frames import Frame, Opcode
 from websockets.server import ServerProtocol
 
 from realtime_bridge.hub.base import Encoding, Sink
-from realtime_bridge.transports import asgi, uvicorn_protocol
+from realtime_bridge.transports import asgi, transport_sinks
 from realtime_bridge.transports.sockets import refuse_socket, serve_socket
-from realtime_bridge.transports.uvicorn_protocol import BridgeWebSocketProtocol, RedactQuery, SocketSink
+from realtime_bridge.transports.transport_sinks import SocketSink
+from realtime_bridge.transports.uvicorn_protocol import BridgeWebSocketProtocol, RedactQuery
 from realtime_bridge.wire.frames import text_frame
 
 pytestmark = pytest.mark.integration
@@ -390,7 +391,7 @@ async def test_broken_frames_are_refused_with_one_line_in_the_log(
         assert await client.end() == b""
         client.writer.close()
         await until(lambda: fast_site.receiver.lost_count)
-    assert [record.message for record in caplog.records if record.name == uvicorn_protocol.__name__] == [
+    assert [record.message for record in caplog.records if record.name == transport_sinks.__name__] == [
         "client refused"
     ]
 
@@ -467,7 +468,7 @@ async def test_a_half_closed_peer_is_told_once(site: Site) -> None:
 async def test_a_peer_that_ignores_the_close_is_dropped_in_time(
     fast_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uvicorn_protocol, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(transport_sinks, "CLOSE_SECONDS", 0.05)
     async with serving(fast_site), RawClient.connected(fast_site) as client:
         await until(lambda: fast_site.receivers)
         fast_site.receiver.sink.close(4401, "token expired")
@@ -476,7 +477,7 @@ async def test_a_peer_that_ignores_the_close_is_dropped_in_time(
 
 
 async def test_a_peer_that_reads_nothing_cannot_hold_up_a_close(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uvicorn_protocol, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(transport_sinks, "CLOSE_SECONDS", 0.05)
     monkeypatch.setattr(asgi, "CLOSE_SECONDS", 0.05)
     async with serving(site), RawClient.connected(site) as client:
         await until(lambda: site.receivers)
@@ -489,7 +490,7 @@ async def test_a_peer_that_reads_nothing_cannot_hold_up_a_close(site: Site, monk
 async def test_a_peer_that_reads_nothing_and_hangs_up_is_dropped_in_time(
     fast_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uvicorn_protocol, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(transport_sinks, "CLOSE_SECONDS", 0.05)
     async with serving(fast_site), RawClient.connected(fast_site) as client:
         await until(lambda: fast_site.receivers)
         fast_site.receiver.say("x" * 1_000_000)
