@@ -1,9 +1,10 @@
 """A FastAPI application of one's own that carries a bridge inside.
 
     DATABASE_URL=… SUPABASE_JWT_SECRET=… uvicorn examples.own_app:app \
-        --ws realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol --no-access-log
+        --ws realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol \
+        --http realtime_bridge.transports.uvicorn_protocol:BridgeHttpProtocol --no-access-log
 
-Without `--ws` everything works too, a little slower.
+Without `--ws` and `--http` everything works too, a little slower.
 """
 
 from typing import Annotated

@@ -2,7 +2,8 @@
 
 The algorithm in a token's header decides which kind of key may verify it, never the other way round: HS256 the shared
 secret alone, the others a public key of exactly their kind. Nothing that an unverified token says is believed or
-repeated, save its algorithm and key id, which only choose among keys that are ours.
+repeated, save its algorithm and key id, which only choose among keys that are ours. Where the secret is known to the
+issuer alone, the issuer is asked.
 
 Layer: adapters. May import: errors, claims.
 Sources: RFC 7519 section 4.1 (claims), RFC 8725 sections 2.1 and 3.1 (algorithm confusion), contract.md section 2.
@@ -12,7 +13,8 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeAlias
 
 import jwt
@@ -34,6 +36,8 @@ _PUBLIC_KEYS: Final[dict[str, type[PublicKey]]] = {
     "EdDSA": Ed25519PublicKey,
 }
 _ANONYMOUS_ROLE: Final = "anon"
+_API_KEYS: Final = ("sb_publishable_", "sb_secret_")
+"""How Supabase's opaque keys begin: they name an application, never a user."""
 _LARGEST_TOKEN: Final = 16 * 1024
 _LATEST_TIME: Final = 253_402_300_800
 """The year 10000: what lies beyond is a mistake (milliseconds, mostly) and fits no calendar."""
@@ -55,12 +59,18 @@ class KeySet(Protocol):
         ...
 
 
+Confirm: TypeAlias = Callable[[str, Claims], Awaitable[None]]
+"""Asks the issuer whether a token holds, whose claims hold if it does. Raises `UnauthorizedError` if not, and
+`UnavailableError` if the issuer does not say."""
+
+
 class Verifier:
     """Turns a token into claims, or refuses it.
 
     Args:
-        secret: the HS256 secret; without it HS256 is refused.
+        secret: the HS256 secret; without it, and without `confirm`, HS256 is refused.
         keys: where RS256, ES256 and EdDSA keys come from; without it they are refused.
+        confirm: stands in for a secret that is not known: an HS256 token holds if its issuer says so.
         audience: what `aud` must be or contain.
         issuer: what `iss` must be, if anything.
         roles: the Postgres roles that may connect.
@@ -78,6 +88,7 @@ class Verifier:
         *,
         secret: str | None,
         keys: KeySet | None = None,
+        confirm: Confirm | None = None,
         audience: str = "authenticated",
         issuer: str | None = None,
         roles: Collection[str] = ("anon", "authenticated"),
@@ -86,6 +97,7 @@ class Verifier:
     ) -> None:
         self._secret = _examined(secret) if secret else None
         self._keys = keys
+        self._confirm = confirm
         self._audience = audience
         self._issuer = issuer
         self._roles = frozenset(roles)
@@ -104,17 +116,26 @@ class Verifier:
         Raises:
             UnauthorizedError: it does not hold; the reason never quotes it.
             ForbiddenError: it holds, but names no role or one that may not connect.
-            UnavailableError: raised by the `KeySet` alone, when it cannot tell.
+            UnavailableError: raised by the `KeySet` or by `confirm`, when they cannot tell.
         """
         if len(token) > _LARGEST_TOKEN:
             raise UnauthorizedError("too long")
         if not token.isascii():
             raise UnauthorizedError("malformed")
-        values = self._configured_key(token)
-        trusted = values is not None
-        if values is None:
-            values = _object(await self._signed_payload(token))
-        return self._claims(values, trusted)
+        if token.startswith(_API_KEYS):
+            raise UnauthorizedError("this is an API key: send the access token of a user who has signed in")
+        configured = self._configured_key(token)
+        if configured is not None:
+            return self._claims(configured, trusted=True)
+        with _refusals():
+            header = self._signatures.get_unverified_header(token)
+        algorithm = header.get("alg")
+        if algorithm == "HS256" and self._secret is None and self._confirm is not None:
+            claims = self._claims(_object(self._payload(token)), trusted=False)
+            await self._confirm(token, claims)
+            return claims
+        key = await self._key(algorithm, header.get("kid"))
+        return self._claims(_object(self._payload(token, key, algorithm)), trusted=False)
 
     def _configured_key(self, token: str) -> Mapping[str, Any] | None:
         """The claims of the configured key that the token is. Compares with all of them, in constant time."""
@@ -124,19 +145,12 @@ class Verifier:
                 found = values
         return found
 
-    async def _signed_payload(self, token: str) -> bytes:
-        """What the token's signature vouches for."""
-        try:
-            header = self._signatures.get_unverified_header(token)
-            algorithm = header.get("alg")
-            key = await self._key(algorithm, header.get("kid"))
-            payload: bytes = self._signatures.decode_complete(token, key, algorithms=[str(algorithm)])["payload"]
-        except jwt.InvalidSignatureError:
-            raise UnauthorizedError("signature") from None
-        except jwt.InvalidKeyError:
-            raise UnauthorizedError("the key does not fit the algorithm") from None
-        except jwt.PyJWTError:
-            raise UnauthorizedError("malformed") from None
+    def _payload(self, token: str, key: bytes | PublicKey | None = None, algorithm: object = None) -> bytes:
+        """What the token's signature vouches for; without a key, what it would vouch for."""
+        with _refusals():
+            payload: bytes = self._signatures.decode_complete(
+                token, key or b"", algorithms=[str(algorithm)], options={"verify_signature": key is not None}
+            )["payload"]
         return payload
 
     async def _key(self, algorithm: object, kid: str | None) -> bytes | PublicKey:
@@ -211,6 +225,19 @@ def require_claims(verifier: Verifier, *, token_in_query: bool = False) -> Calla
         return await verifier.verify(token)
 
     return claims
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what PyJWT raises into a reason that quotes nothing."""
+    try:
+        yield
+    except jwt.InvalidSignatureError:
+        raise UnauthorizedError("signature") from None
+    except jwt.InvalidKeyError:
+        raise UnauthorizedError("the key does not fit the algorithm") from None
+    except jwt.PyJWTError:
+        raise UnauthorizedError("malformed") from None
 
 
 class _SharedSecret(HMACAlgorithm):

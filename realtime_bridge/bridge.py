@@ -157,7 +157,9 @@ class Bridge:
         websocket = WebSocketEndpoint(
             hub, self.verifier, allowed, tasks.spawn, settings.token_in_query, settings.send_buffer_bytes
         )
-        events = EventsEndpoint(hub, self.verifier, allowed, draining, settings.token_in_query)
+        events = EventsEndpoint(
+            hub, self.verifier, allowed, draining, settings.token_in_query, settings.send_buffer_bytes
+        )
         return Running(broker, hub, ingest, policy, database, websocket, events, draining)
 
     def drain(self) -> None:

@@ -217,6 +217,10 @@ class Hub:
         """The position up to which everything is decided: what a read of the database may start from."""
         return self._standing.position(self._standing.number)
 
+    def position_at(self, number: int) -> str:
+        """A number that `locate` answered, as clients know it."""
+        return self._standing.position(number)
+
     def position_of(self, connection: Connection) -> str:
         """The position that every subscription of a connection has passed."""
         return self._standing.position(connection.number(self._standing.number))

@@ -97,7 +97,7 @@ class Catalog:
         try:
             async with asyncio.timeout(_TIMEOUT), self._connect() as connection, connection.transaction():
                 return await _read(connection, tables, list(roles))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:  # OSError: TimeoutError too
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
             raise DatabaseError(f"the catalog could not be read ({type(error).__name__})") from error
 
 

@@ -26,6 +26,9 @@ _APPLICATION: Final = "realtime_bridge source"
 _PAGE_HEADER: Final = 24
 _SEGMENT_HEADER: Final = 40
 
+_FAILURES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""What asyncpg raises: the third where a connection dies in the middle of a command; a TimeoutError is an OSError."""
+
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
@@ -95,7 +98,7 @@ def translated() -> Iterator[None]:
     """Turns whatever goes wrong with an ordinary connection into a `SourceError`."""
     try:
         yield
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:  # asyncio's TimeoutError is an OSError
+    except _FAILURES as error:
         raise SourceError(f"Postgres could not be asked: {reason_of(error)}") from error
 
 
@@ -114,7 +117,7 @@ async def connected(dsn: str) -> AsyncIterator["Primary"]:
             await primary.prepare()
         yield primary
     finally:
-        with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        with suppress(*_FAILURES):
             await connection.close(timeout=_CLOSE_SECONDS)
 
 
@@ -134,7 +137,7 @@ async def _connect(dsn: str) -> Connection:
             f"Postgres cannot be reached ({reason_of(error)}). Is DATABASE_URL right? Direct Supabase hosts "
             "(db.<project>.supabase.co) are often IPv6 only: then use a host with IPv6 or the IPv4 add-on."
         ) from error
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except _FAILURES as error:
         raise SourceError(f"Postgres refuses the connection: {reason_of(error)}") from error
 
 

@@ -1,4 +1,6 @@
-"""`/events`: the same messages for clients without WebSocket. A long poll now; Server-Sent Events stand here later.
+"""`/events`: the same messages for clients without WebSocket, as Server-Sent Events or as a long poll.
+
+A stream is a connection like a WebSocket's that cannot be spoken to.
 
 A long poll is a reader that is advanced by hand: a bounded number of slices, and, if there was nothing, one wait at the
 end of the history. Its connection lives as long as the request.
@@ -19,12 +21,18 @@ from starlette.responses import Response
 from realtime_bridge.auth import Verifier
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BadRequestError, ForbiddenError, UnauthorizedError
-from realtime_bridge.hub.base import Encoding
+from realtime_bridge.hub.base import Encoding, Sink
+from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.hub.subscription import State, Subscription
+from realtime_bridge.transports.opening import begin
 from realtime_bridge.transports.requests import Interest, token_of
+from realtime_bridge.transports.streams import EventStream
 from realtime_bridge.wire.native import optional_timestamp
+from realtime_bridge.wire.sse import retry_event
 
+RETRY_MS: Final = 2000
+"""How long a browser waits before it comes back to a broken stream."""
 MAX_WAIT_SECONDS: Final = 60.0
 MAX_LIMIT: Final = 1000
 MAX_SLICES: Final = 20
@@ -54,6 +62,31 @@ class Collector:
         """Nothing: a poll is over soon."""
 
 
+class EventReceiver:
+    """One client of a stream: the receiver of its sink."""
+
+    __slots__ = ("_connection", "_hub")
+
+    def __init__(self, hub: Hub, connection: Connection) -> None:
+        self._hub = hub
+        self._connection = connection
+
+    def received(self, text: str) -> None:
+        """Nothing: a stream goes one way."""
+
+    def alive(self) -> None:
+        """Remember when something was last heard."""
+        self._connection.heard_at = asyncio.get_running_loop().time()
+
+    def room(self) -> None:
+        """Have those that wait for room read on."""
+        self._hub.room(self._connection)
+
+    def lost(self) -> None:
+        """Forget the connection."""
+        self._hub.close(self._connection)
+
+
 @dataclass(frozen=True)
 class EventsEndpoint:
     """Serves `/events`.
@@ -68,9 +101,10 @@ class EventsEndpoint:
     allowed: Callable[[str | None, str | None], bool]
     draining: asyncio.Event
     token_in_query: bool
+    send_buffer_bytes: int
 
     async def __call__(self, request: Request) -> Response:
-        """Answer one long poll.
+        """Answer one long poll, or begin a stream if the client accepts one.
 
         Raises:
             BridgeError: mapped to a problem response by the route.
@@ -87,7 +121,20 @@ class EventsEndpoint:
         for table in interest.tables:
             if (refusal := self.hub.refusal(table, claims)) is not None:
                 raise ForbiddenError(refusal)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return await self._stream(request, claims, interest)
         return await self._poll(request, claims, interest, wait, limit)
+
+    async def _stream(self, request: Request, claims: Claims, interest: Interest) -> Response:
+        """Begin a stream; `Last-Event-ID` wins over the address, since a browser comes back to the same address."""
+        self.hub.admit(claims)
+        start = await self.hub.locate(request.headers.get("last-event-id") or interest.position)
+
+        def receiver(sink: Sink) -> EventReceiver:
+            sink.write([retry_event(RETRY_MS)])
+            return EventReceiver(self.hub, begin(self.hub, sink, claims, interest, start))
+
+        return EventStream(receiver, send_buffer_bytes=self.send_buffer_bytes)
 
     async def _poll(self, request: Request, claims: Claims, interest: Interest, wait: float, limit: int) -> Response:
         start = await self.hub.locate(interest.position)

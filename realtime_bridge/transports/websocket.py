@@ -22,6 +22,7 @@ from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub.base import Sink
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.hub import Hub
+from realtime_bridge.transports.opening import Start, begin
 from realtime_bridge.transports.requests import Interest, parse_events, parse_table, token_of
 from realtime_bridge.transports.sockets import refuse_socket, serve_socket
 from realtime_bridge.wire import native
@@ -96,7 +97,7 @@ class NativeSocket:
         endpoint: WebSocketEndpoint,
         sink: Sink,
         interest: Interest,
-        start: tuple[int, Any],
+        start: Start,
         claims: Claims | None,
     ) -> None:
         self._endpoint = endpoint
@@ -201,40 +202,17 @@ class NativeSocket:
             self._open(claims)
 
     def _open(self, claims: Claims) -> None:
-        hub = self._endpoint.hub
         if self._gone:
             return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        try:
-            connection = hub.open(self._sink, claims)
-        except BridgeError as error:
-            self._refuse(error)
-            return
-        self._connection = connection
         assert self._interest is not None, "a connection is opened once"
         interest, self._interest = self._interest, None
-        refusals = {table: hub.refusal(table, claims) for table in interest.tables}
-        tables = [table for table in interest.tables if refusals[table] is None]
-        number = self._start[0]
-        position = f"{hub.position.rpartition('-')[0]}-{number}"
-        connection.send(
-            native.ready(
-                connection_id=connection.id,
-                position=position,
-                complete_until=hub.complete_until,
-                tables=tables,
-                expires_at=claims.expires_at,
-                ping_seconds=hub.ping_seconds,
-            ),
-            position,
-        )
-        for refusal in refusals.values():
-            if refusal is not None:
-                connection.send(native.error(4403, refusal))
-        if tables:
-            hub.subscribe(connection, tables, self._start, filter_=interest.filter, events=interest.events)
+        try:
+            self._connection = begin(self._endpoint.hub, self._sink, claims, interest, self._start)
+        except BridgeError as error:
+            self._refuse(error)
 
     async def _subscribe(self, connection: Connection, message: dict[str, Any]) -> None:
         hub = self._endpoint.hub
@@ -261,8 +239,7 @@ class NativeSocket:
             shown_id = id_ if isinstance(id_, str) else None
             connection.send(native.error(error.close_code, error.detail, shown_id))
         else:
-            where = f"{hub.position.rpartition('-')[0]}-{start[0]}"
-            connection.send(native.subscribed(id_, table, where))
+            connection.send(native.subscribed(id_, table, hub.position_at(start[0])))
 
     def _unsubscribe(self, connection: Connection, message: dict[str, Any]) -> None:
         id_ = message.get("id")

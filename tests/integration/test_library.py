@@ -1,6 +1,7 @@
 """The bridge inside an application of one's own, under a plain uvicorn and under the one with the fast path."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import uuid
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.integration
 
 ADA = str(uuid.UUID(int=1))
 ROOT = Path(__file__).parents[2]
-FAST = ["--ws", "realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol"]
+CLASSES = "realtime_bridge.transports.uvicorn_protocol:"
+FAST = ["--ws", f"{CLASSES}BridgeWebSocketProtocol", "--http", f"{CLASSES}BridgeHttpProtocol"]
 
 
 @asynccontextmanager
@@ -68,6 +70,14 @@ async def test_an_application_of_ones_own_carries_the_bridge(
                 assert (await receive(socket))["type"] == "ready"
                 assert (await http.post(f"{url}/posts", json={"title": "mine"})).status_code == 201
                 assert (await receive_data(socket))["record"]["title"] == "mine"
+            async with http.stream("GET", f"{url}/events", headers={"Accept": "text/event-stream"}) as stream:
+                lines = stream.aiter_lines()
+                while not (line := await anext(lines)).startswith("data: "):
+                    pass
+                assert json.loads(line.removeprefix("data: "))["type"] == "ready"
+                assert (await http.post(f"{url}/posts", json={"title": "again"})).status_code == 201
+                while not (line := await anext(lines)).startswith('data: {"type":"INSERT"'):
+                    pass
             connection = await asyncpg.connect(database)
-            assert await connection.fetchval("select count(*) from posts") == 1
+            assert await connection.fetchval("select count(*) from posts") == 2
             await connection.close()

@@ -1,0 +1,45 @@
+"""How a connection of the bridge's own protocol begins, whatever carries it.
+
+Layer: edges. May import: hub, transports.requests, wire.
+"""
+
+from realtime_bridge.change import ResyncReason
+from realtime_bridge.claims import Claims
+from realtime_bridge.hub.base import Sink
+from realtime_bridge.hub.connection import Connection
+from realtime_bridge.hub.hub import Hub
+from realtime_bridge.transports.requests import Interest
+from realtime_bridge.wire import native
+
+Start = tuple[int, ResyncReason | None]
+"""Where reading begins, as `Hub.locate` answers."""
+
+
+def begin(hub: Hub, sink: Sink, claims: Claims, interest: Interest, start: Start) -> Connection:
+    """Open the connection, say `ready`, tell which tables are refused, and subscribe to what the address asked for.
+
+    Raises:
+        TooManyRequestsError: the process or the user has too many connections.
+        UnavailableError: the process is being stopped.
+    """
+    connection = hub.open(sink, claims)
+    refusals = {table: hub.refusal(table, claims) for table in interest.tables}
+    tables = [table for table, refusal in refusals.items() if refusal is None]
+    position = hub.position_at(start[0])
+    connection.send(
+        native.ready(
+            connection_id=connection.id,
+            position=position,
+            complete_until=hub.complete_until,
+            tables=tables,
+            expires_at=claims.expires_at,
+            ping_seconds=hub.ping_seconds,
+        ),
+        position,
+    )
+    for refusal in refusals.values():
+        if refusal is not None:
+            connection.send(native.error(4403, refusal))
+    if tables:
+        hub.subscribe(connection, tables, start, filter_=interest.filter, events=interest.events)
+    return connection

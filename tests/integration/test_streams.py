@@ -1,0 +1,177 @@
+"""Server-Sent Events: the same story as a WebSocket and a long poll, resumed by `Last-Event-ID`."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from realtime_bridge.sources.postgres import ensure_publication
+from tests.bridges import PUBLICATION, BridgeProcess
+from tests.clients import Copy, Message, bearer, open_socket, receive_data
+from tests.services import eventually, token
+
+pytestmark = pytest.mark.integration
+
+ADA, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+
+
+class Stream:
+    """An event stream as a browser reads it."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self.last_id = ""
+        self.retry = 0
+        self.comments = 0
+        self._lines = response.aiter_lines()
+
+    async def receive(self, timeout: float = 10) -> Message:
+        data = ""
+        async with asyncio.timeout(timeout):
+            async for line in self._lines:
+                name, _, value = line.partition(": ")
+                if line == "" and data:
+                    message: Message = json.loads(data)
+                    return message
+                match name:
+                    case "data":
+                        data = value
+                    case "id":
+                        self.last_id = value
+                    case "retry":
+                        self.retry = int(value)
+                    case ":" | "":
+                        self.comments += line.startswith(":")
+        raise EOFError
+
+    async def receive_data(self) -> Message:
+        while not ((message := await self.receive())["type"].isupper() or message["type"] == "resync"):
+            pass
+        return message
+
+
+@asynccontextmanager
+async def stream_of(url: str, user: str, ttl: float = 3600, **headers: str) -> AsyncIterator[Stream]:
+    given = {**bearer(token(user, ttl=ttl)), "Accept": "text/event-stream", **headers}
+    async with (
+        httpx.AsyncClient(timeout=httpx.Timeout(20, read=None)) as client,
+        client.stream("GET", f"{url}/events", headers=given) as response,
+    ):
+        assert response.status_code == 200
+        yield Stream(response)
+
+
+@asynccontextmanager
+async def a_bridge(database: str, namespace: str, **settings: str) -> AsyncIterator[BridgeProcess]:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    async with BridgeProcess(database, BRIDGE_SLOT=namespace.replace("-", "_"), **settings) as bridge:
+        yield bridge
+
+
+async def write(database: str, *titles: str, user: str = ADA) -> None:
+    connection = await asyncpg.connect(database)
+    for title in titles:
+        await connection.execute("insert into posts (user_id, title) values ($1, $2)", user, title)
+    await connection.close()
+
+
+async def test_a_stream_begins_with_ready_and_its_headers_suit_a_proxy(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge, stream_of(bridge.url, ADA) as stream:
+        headers = stream.response.headers
+        assert headers["content-type"].startswith("text/event-stream")
+        assert (headers["x-accel-buffering"], headers["cache-control"]) == ("no", "no-store")
+        assert "transfer-encoding" not in headers
+        ready = await stream.receive()
+        assert (ready["type"], stream.retry > 0, stream.last_id) == ("ready", True, ready["position"])
+
+
+async def test_three_transports_of_one_user_tell_the_same_story(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        poll = Copy(bridge.url, token(ADA))
+        async with (
+            stream_of(bridge.url, ADA) as stream,
+            stream_of(bridge.url, BOB) as other,
+            open_socket(bridge.url, token(ADA)) as socket,
+            httpx.AsyncClient(timeout=20) as http,
+        ):
+            await stream.receive()
+            await other.receive()
+            await poll.poll(http, wait=0)
+            await write(database, "one", "zwei €", "three\n\r\n")
+            await write(database, "bob's", user=BOB)
+            told: dict[str, list[Any]] = {
+                "stream": [await stream.receive_data() for _ in range(3)],
+                "socket": [await receive_data(socket) for _ in range(3)],
+            }
+            while len(poll.history) < 3:
+                await poll.poll(http, wait=5)
+            assert told["stream"] == told["socket"] == poll.history
+            assert [m["record"]["title"] for m in poll.history] == ["one", "zwei €", "three\n\r\n"]
+            assert (await other.receive_data())["record"]["title"] == "bob's"
+
+
+async def test_a_stream_is_resumed_by_its_last_event_id(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        async with stream_of(bridge.url, ADA) as stream:
+            await stream.receive()
+            await write(database, "one", "two")
+            assert (await stream.receive_data())["record"]["title"] == "one"
+            last = stream.last_id
+        await write(database, "three")
+        async with stream_of(bridge.url, ADA, **{"Last-Event-ID": last}) as again:
+            assert [(await again.receive_data())["record"]["title"] for _ in range(2)] == ["two", "three"]
+
+
+async def test_a_stream_pings_and_ends_with_its_token(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace, BRIDGE_PING_SECONDS="0.5") as bridge:
+        async with stream_of(bridge.url, ADA, ttl=4) as stream:
+            kinds = []
+            while "error" not in kinds:
+                message = await stream.receive()
+                kinds.append(message["type"])
+            assert kinds[:2] == ["ready", "auth_expiring"]
+            assert "ping" in kinds
+            assert (message["code"], message["detail"]) == (4401, "token expired")
+            with pytest.raises(EOFError):
+                await stream.receive()
+            assert stream.comments > 0
+
+
+async def test_a_stopping_server_tells_when_to_come_back(database: str, namespace: str) -> None:
+    async with a_bridge(database, namespace) as bridge, stream_of(bridge.url, ADA) as stream:
+        await stream.receive()
+        before, stream.retry = stream.retry, -1
+        assert before > 0
+        stopping = asyncio.create_task(asyncio.to_thread(bridge.stop))
+        with pytest.raises(EOFError):
+            await stream.receive()
+        assert stream.retry >= 0
+        assert await stopping in (0, -15)
+
+
+async def test_a_reader_of_nothing_falls_behind_and_one_that_is_gone_is_forgotten(
+    database: str, namespace: str
+) -> None:
+    async with a_bridge(database, namespace) as bridge:
+        async with stream_of(bridge.url, ADA) as stream:
+            await stream.receive()
+            connection = await asyncpg.connect(database)
+            rows = [(ADA, str(i), "x" * 30_000) for i in range(600)]
+            await connection.executemany("insert into posts (user_id, title, body) values ($1, $2, $3)", rows)
+            await connection.close()
+            await eventually(lambda: metric(bridge, "subscriptions_behind", 1))
+            assert [(await stream.receive_data())["record"]["title"] for _ in range(600)] == [
+                str(i) for i in range(600)
+            ]
+        await eventually(lambda: metric(bridge, "connections", 0))
+
+
+async def metric(bridge: BridgeProcess, name: str, value: float) -> bool:
+    async with httpx.AsyncClient() as http:
+        return f"realtime_bridge_{name} {value:.1f}\n" in (await http.get(f"{bridge.url}/metrics")).text
