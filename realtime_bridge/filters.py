@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
+from itertools import islice
 from typing import Final, Literal, TypeAlias, get_args
 
 from realtime_bridge.canonical import INTEGER_BITS, canonical
@@ -28,6 +29,9 @@ _ToKey: TypeAlias = Callable[[str], _Key]
 
 OPERATORS: Final[tuple[Operator, ...]] = get_args(Operator)
 MAX_VALUES: Final = 100
+MAX_CONDITIONS: Final = 20
+MAX_LENGTH: Final = 16_384
+"""Characters of a filter: what every change may have to be compared with."""
 
 _TRUTHS: Final = {"null": None, "unknown": None, "true": "t", "false": "f"}
 
@@ -94,9 +98,14 @@ def parse_filter(text: str) -> Filter:
     Raises:
         BadRequestError: it is not understood, or an operator is not known here.
     """
+    if len(text) > MAX_LENGTH:
+        raise BadRequestError(f"filter: at most {MAX_LENGTH} characters")
     if not text.strip():
         return Filter(())
-    return Filter(tuple(_condition(segment.strip()) for segment in _segments(text)))
+    segments = list(islice(_segments(text), MAX_CONDITIONS + 1))
+    if len(segments) > MAX_CONDITIONS:
+        raise BadRequestError(f"filter: at most {MAX_CONDITIONS} conditions")
+    return Filter(tuple(_condition(segment.strip()) for segment in segments))
 
 
 def _segments(text: str) -> Iterator[str]:
@@ -152,7 +161,8 @@ def _unquoted(value: str) -> str:
     return value if match is None else _ESCAPED.sub(r"\1", match[1])
 
 
-_ITEM: Final = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|((?:[^"\\{},]|\\.)*?))\s*(,|$)', re.DOTALL)
+# Nothing in it can match in two ways, so that no text takes more than one pass.
+_ITEM: Final = re.compile(r'\s*+(?:"((?:[^"\\]|\\.)*+)"|((?:[^"\\{},\s]|\\.|\s++(?=[^\s,]))*+))\s*+(,|\Z)', re.DOTALL)
 
 
 def _items(value: str) -> tuple[str | None, ...]:

@@ -154,7 +154,5 @@ class _Trail:
 
 def _first(group: BaseExceptionGroup[BridgeError]) -> BridgeError:
     """The error that says most: a lost lease explains whatever came with it."""
-    errors: list[BridgeError] = []
-    for error in group.exceptions:
-        errors.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    errors = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in group.exceptions]
     return next((e for e in errors if isinstance(e, LeaseLostError)), errors[0])

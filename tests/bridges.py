@@ -27,12 +27,12 @@ def environment(database: str, **settings: str) -> dict[str, str]:
 class BridgeProcess:
     """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so."""
 
-    def __init__(self, database: str, *arguments: str, port: int = 0, **settings: str) -> None:
+    def __init__(self, database: str, *arguments: str, **settings: str) -> None:
         self._environment = environment(database, **settings)
         self._arguments = arguments
         self._folder = TemporaryDirectory(prefix="bridge-test-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "log")
-        self.port = port
+        self.port = 0  # the system picks one at the first start, and later starts keep it
 
     @property
     def url(self) -> str:

@@ -69,6 +69,10 @@ async def follow_for_ever(copy: Copy) -> None:
             await asyncio.sleep(0.05)
 
 
+async def copy_has_more_than(copy: Copy, rows: int) -> None:
+    await eventually(lambda: len(copy.rows) > rows, 30)
+
+
 @pytest.mark.parametrize("part", ["bridge", "valkey", "postgres"])
 async def test_a_restart_leaves_no_hole_and_no_repeat(
     part: str, engines: tuple[EmbeddedPostgres, EmbeddedValkey], namespace: str
@@ -95,11 +99,10 @@ async def test_a_restart_leaves_no_hole_and_no_repeat(
             tasks.create_task(writer.run())
             for _ in range(2):
                 before = len(copy.rows)
-                await eventually(lambda before=before: len(copy.rows) > before + 20, 30)
+                await copy_has_more_than(copy, before + 20)
                 await asyncio.to_thread(restart[part])
                 await bridge.ready()
-            before = len(copy.rows)
-            await eventually(lambda: len(copy.rows) > before + 20, 30)
+            await copy_has_more_than(copy, len(copy.rows) + 20)
             writer.stopped = True
             await eventually(lambda: len(copy.rows) >= writer.written, 30)
             reading.cancel()

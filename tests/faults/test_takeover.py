@@ -1,4 +1,4 @@
-"""Two replicas, one upstream: when the leader dies, freezes or leaves, the other goes on; nothing is lost or doubled."""
+"""Two replicas, one upstream: when the leader dies, freezes or leaves, the other goes on and nothing is lost."""
 
 import asyncio
 import re
@@ -46,8 +46,8 @@ async def readers(database: str) -> list[str]:
     connection = await asyncpg.connect(database)
     try:
         rows = await connection.fetch(
-            "select a.application_name as name from pg_replication_slots s join pg_stat_activity a on a.pid = s.active_pid "
-            "where s.database = current_database()"
+            "select a.application_name as name from pg_replication_slots s "
+            "join pg_stat_activity a on a.pid = s.active_pid where s.database = current_database()"
         )
         return [row["name"] for row in rows]
     finally:

@@ -56,6 +56,8 @@ class Writer:
             ["insert", "edit", "toggle", "move", "delete", "many", "large"], [6, 4, 3, 2, 3, 1, 1]
         )[0]
         owner, public = self._random.choice(USERS), self._random.random() < 0.3
+        sql: str
+        arguments: tuple[Any, ...]
         match kind:
             case "insert":
                 sql, arguments = (

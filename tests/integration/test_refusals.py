@@ -14,17 +14,18 @@ import asyncpg
 import httpx
 import jwt
 import pytest
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
 from tests.clients import bearer, open_socket, receive, receive_data
-from tests.services import SECRET, eventually, token
+from tests.services import eventually, token
 
 pytestmark = pytest.mark.integration
 
 ADA = str(uuid.UUID(int=1))
+AS_ANOTHER = json.dumps({"type": "auth", "token": token(str(uuid.UUID(int=9)))})
 RS_HEADER = base64.urlsafe_b64encode(b'{"alg":"RS256","typ":"JWT"}').rstrip(b"=").decode()
 
 
@@ -44,12 +45,15 @@ async def closed_with(
     async with connect(address, additional_headers=sent, compression=None) as client, asyncio.timeout(20):
         for message in say:
             await client.send(message)
-        try:
-            while True:
-                await client.recv()
-        except ConnectionClosed as closed:
-            assert closed.rcvd is not None
-            return closed.rcvd.code, closed.rcvd.reason
+        with pytest.raises(ConnectionClosed) as closed:
+            await read_on(client)
+        assert closed.value.rcvd is not None
+        return closed.value.rcvd.code, closed.value.rcvd.reason
+
+
+async def read_on(client: ClientConnection) -> None:
+    while True:
+        await client.recv()
 
 
 async def still_serves(bridge: BridgeProcess, database: str) -> None:
@@ -62,7 +66,7 @@ async def still_serves(bridge: BridgeProcess, database: str) -> None:
 
 
 def unsigned(**claims: Any) -> str:
-    return jwt.encode({"sub": ADA, "role": "authenticated", "aud": "authenticated", **claims}, None, algorithm="none")
+    return jwt.encode({"sub": ADA, "role": "authenticated", "aud": "authenticated", **claims}, "", algorithm="none")
 
 
 async def test_every_bad_request_gets_a_clear_refusal_and_one_line(database: str, namespace: str) -> None:
@@ -92,7 +96,7 @@ async def test_every_bad_request_gets_a_clear_refusal_and_one_line(database: str
         ("first message is no auth", 4401, "auth", {"given": None, "say": '{"type":"ping"}'}),
         ("auth without a token", 4401, "token", {"given": None, "say": '{"type":"auth"}'}),
         ("auth with garbage", 4401, "malformed", {"given": None, "say": '{"type":"auth","token":"x.y"}'}),
-        ("token of another user", 4403, "another", {"given": good, "say": json.dumps({"type": "auth", "token": token(str(uuid.UUID(int=9)))})}),
+        ("token of another user", 4403, "another", {"given": good, "say": AS_ANOTHER}),
     ]  # fmt: skip
     async with a_bridge(database, namespace) as bridge:
         for name, code, words, request in refusals:
@@ -174,7 +178,7 @@ async def test_a_user_has_so_many_connections_and_no_more(database: str, namespa
 async def is_welcome(bridge: BridgeProcess) -> bool:
     async with open_socket(bridge.url, token(ADA)) as client:
         try:
-            return (await receive(client))["type"] == "ready"
+            return bool((await receive(client))["type"] == "ready")
         except ConnectionClosed:
             return False
 

@@ -57,8 +57,8 @@ class Stream:
 
 
 @asynccontextmanager
-async def stream_of(url: str, user: str, ttl: float = 3600, **headers: str) -> AsyncIterator[Stream]:
-    given = {**bearer(token(user, ttl=ttl)), "Accept": "text/event-stream", **headers}
+async def stream_of(url: str, user: str, *, ttl: float = 3600, last: str = "") -> AsyncIterator[Stream]:
+    given = {**bearer(token(user, ttl=ttl)), "Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
     async with (
         httpx.AsyncClient(timeout=httpx.Timeout(20, read=None)) as client,
         client.stream("GET", f"{url}/events", headers=given) as response,
@@ -124,20 +124,20 @@ async def test_a_stream_is_resumed_by_its_last_event_id(database: str, namespace
             assert (await stream.receive_data())["record"]["title"] == "one"
             last = stream.last_id
         await write(database, "three")
-        async with stream_of(bridge.url, ADA, **{"Last-Event-ID": last}) as again:
+        async with stream_of(bridge.url, ADA, last=last) as again:
             assert [(await again.receive_data())["record"]["title"] for _ in range(2)] == ["two", "three"]
 
 
 async def test_a_stream_pings_and_ends_with_its_token(database: str, namespace: str) -> None:
     async with a_bridge(database, namespace, BRIDGE_PING_SECONDS="0.5") as bridge:
         async with stream_of(bridge.url, ADA, ttl=4) as stream:
-            kinds = []
-            while "error" not in kinds:
-                message = await stream.receive()
-                kinds.append(message["type"])
+            messages = [await stream.receive()]
+            while messages[-1]["type"] != "error":
+                messages.append(await stream.receive())
+            kinds = [message["type"] for message in messages]
             assert kinds[:2] == ["ready", "auth_expiring"]
             assert "ping" in kinds
-            assert (message["code"], message["detail"]) == (4401, "token expired")
+            assert (messages[-1]["code"], messages[-1]["detail"]) == (4401, "token expired")
             with pytest.raises(EOFError):
                 await stream.receive()
             assert stream.comments > 0

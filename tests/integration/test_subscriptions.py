@@ -109,7 +109,7 @@ async def test_a_refused_subscription_says_why_and_the_connection_lives_on(datab
     async with notes_bridge(database, namespace) as (bridge, _):
         async with open_socket(bridge.url, token(ADA)) as socket:
             await receive(socket)
-            for request, code, words in [
+            refusals: list[tuple[dict[str, Any], int, str]] = [
                 ({"id": "a", "table": "public.secrets"}, 4403, "not served"),
                 ({"id": "a", "table": 7}, 4400, "table"),
                 ({"id": "", "table": "posts"}, 4400, "id"),
@@ -121,7 +121,8 @@ async def test_a_refused_subscription_says_why_and_the_connection_lives_on(datab
                 ({"id": "a", "table": "posts", "columns": "title"}, 4400, "columns"),
                 ({"id": "a", "table": "posts", "position": "x"}, 4400, "position"),
                 ({"id": "a", "table": "posts", "position": 5}, 4400, "position"),
-            ]:
+            ]
+            for request, code, words in refusals:
                 await say(socket, type="subscribe", **request)
                 error = await next_of(socket, "error")
                 assert (error["code"], words in error["detail"]) == (code, True), (request, error)
