@@ -105,7 +105,9 @@ def _options(url: RedisUrl) -> dict[str, Any]:
         "password": url.password,
         "protocol": 2,
         "driver_info": None,
-        "socket_timeout": 15 * COMMAND_SECONDS,  # the deadline of each command comes first
+        # Each command has a deadline of ours. With one of redis-py's own it sends through `asyncio.wait_for`, which in
+        # Python 3.11 can swallow a cancellation.
+        "socket_timeout": None,
         "socket_connect_timeout": COMMAND_SECONDS,
         "retry": Retry(NoBackoff(), 0),
     }
