@@ -38,8 +38,8 @@ build: $(READY)
 # One stamp stands for the whole environment: a change of the requirements makes it anew, anything else starts in seconds.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "realtime_bridge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
-	@test -x $(BIN)/python || { echo "Making $(VENV) …"; $(PYTHON) -m venv $(VENV); }
-	@echo "Installing what the bridge, its demo and its tests need (about half a minute, once) …"
+	@test -x $(BIN)/python || { echo "Making $(VENV) …" >&2; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing what the bridge, its demo and its tests need (about half a minute, once) …" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,test]'
 	@touch $(READY)
 
