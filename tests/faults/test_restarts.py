@@ -96,7 +96,7 @@ async def test_a_restart_leaves_no_hole_and_no_repeat(
         writer = StubbornWriter(postgres.dsn())
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(follow_for_ever(copy))
-            tasks.create_task(writer.run())
+            writing = tasks.create_task(writer.run())
             for _ in range(2):
                 before = len(copy.rows)
                 await copy_has_more_than(copy, before + 20)
@@ -104,6 +104,7 @@ async def test_a_restart_leaves_no_hole_and_no_repeat(
                 await bridge.ready()
             await copy_has_more_than(copy, len(copy.rows) + 20)
             writer.stopped = True
+            await writing
             await eventually(lambda: len(copy.rows) >= writer.written, 30)
             reading.cancel()
         assert sorted(int(row["title"]) for row in copy.rows.values()) == list(range(writer.written))

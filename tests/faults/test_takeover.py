@@ -95,7 +95,7 @@ async def test_another_goes_on_and_nothing_is_lost_or_doubled(
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(read_titles(follower.url, titles, opened))
             await opened.wait()  # what is written from now on is seen
-            tasks.create_task(writer.run())
+            writing = tasks.create_task(writer.run())
             await eventually(lambda: len(titles) > 20)
             [before] = await readers(database)
             leader.signal(blow)
@@ -111,6 +111,7 @@ async def test_another_goes_on_and_nothing_is_lost_or_doubled(
                 assert await readers(database) == [after]
                 assert await leads(follower)
             writer.stop()
+            await writing
             await eventually(lambda: len(titles) >= writer.written, 20)
             reading.cancel()
         assert titles == [str(i) for i in range(writer.written)]
