@@ -20,6 +20,7 @@ from realtime_bridge.errors import BadRequestError
 from realtime_bridge.values import encode_image
 
 Vsn: TypeAlias = Literal["1.0.0", "2.0.0"]
+Status: TypeAlias = Literal["ok", "error"]
 Payload: TypeAlias = Mapping[str, Any]
 """A JSON object; a value may be an `orjson.Fragment`, which is JSON already."""
 
@@ -105,7 +106,7 @@ def bindings(join: Frame) -> list[Payload]:
 # -- what a server says ----------------------------------------------------------------------------------------------
 
 
-def reply(request: Frame, response: Payload | None = None, *, status: Literal["ok", "error"] = "ok") -> Frame:
+def reply(request: Frame, response: Payload | None = None, *, status: Status = "ok") -> Frame:
     """The answer to any request: heartbeat, leave, broadcast with `ack`, presence; or a refusal."""
     return Frame(
         request.topic, "phx_reply", {"status": status, "response": response or {}}, request.ref, request.join_ref
@@ -129,7 +130,7 @@ def system(
     join_ref: str | None,
     message: str,
     *,
-    status: Literal["ok", "error"] = "ok",
+    status: Status = "ok",
     extension: str = POSTGRES_CHANGES,
 ) -> Frame:
     """News of a channel. Status `error` makes the Python client rejoin after a second."""

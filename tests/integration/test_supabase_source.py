@@ -1,27 +1,25 @@
-"""The official client against the stand-in on a real database, and the stand-in itself as others use it."""
+"""The source, through the official client, against a local Supabase on a real database that can misbehave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
-import httpx
 import orjson
 import pytest
-from supabase import AsyncClientOptions, acreate_client
-from websockets.asyncio.client import connect
 
 from realtime_bridge.change import ABSENT, Body, Change, Control, Image
 from realtime_bridge.dev.supabase import LocalSupabase
 from realtime_bridge.errors import ConfigurationError, SourceError
-from realtime_bridge.sources import supabase as source_module
+from realtime_bridge.sources import supabase_link as link_module
 from realtime_bridge.sources.base import Source, SourceBatch
-from realtime_bridge.sources.supabase import Keys, SupabaseSource, SupabaseStream
+from realtime_bridge.sources.supabase import SupabaseSource, SupabaseStream
+from realtime_bridge.sources.supabase_payload import Keys
 from realtime_bridge.values import encode_image
-from tests.services import SECRET, eventually, token
+from tests.services import SECRET, eventually
 
 pytestmark = [
     pytest.mark.integration,
@@ -247,8 +245,8 @@ async def test_a_repeated_subscription_is_one_resync_behind_what_came_before(dat
     async with connected(database) as db, streaming(database) as reader:
         await insert(db, "before")
         await reader.until(1)
-        await reader.supabase.resubscribe()
-        await reader.supabase.resubscribe()
+        reader.supabase.resubscribe()
+        reader.supabase.resubscribe()
         await reader.until(2)
         await insert(db, "after")
         _, control, _ = await reader.until(3)
@@ -264,7 +262,7 @@ async def test_a_dropped_connection_ends_the_stream_and_the_next_begins_with_a_r
             reader = Reader(stream, supabase)
             await insert(db, "before")
             await reader.until(1)
-            await supabase.drop_connections(code)
+            await supabase.close(code)
             await insert(db, "lost")
             await consumed(db)
             with pytest.raises(SourceError, match="CHANNEL_ERROR"):
@@ -319,12 +317,24 @@ async def test_a_row_that_cannot_be_read_is_a_resync_of_its_table(database: str)
 async def test_more_changes_than_may_wait_are_a_resync_of_the_table(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "MOST_WAITING", 2)
+    monkeypatch.setattr(link_module, "MOST_WAITING", 2)
     async with connected(database) as db, streaming(database) as reader:
         await db.execute("insert into posts (user_id, title) select $1, n::text from generate_series(1, 9) n", uuid4())
         bodies = await reader.until(3)
     assert [type(body) for body in bodies] == [Change, Change, Control]
     assert bodies[2] == Control("resync", "public.posts", "upstream_gap")
+
+
+async def test_more_bytes_than_may_wait_are_a_resync_of_the_table(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "MOST_WAITING_BYTES", 10_000)
+    async with connected(database) as db, streaming(database) as reader:
+        titles = ["x" * 20_000, "small"]
+        await db.executemany("insert into posts (user_id, title) values ($1, $2)", [(uuid4(), t) for t in titles])
+        await reader.until(2)
+    assert [row(change, change.new)["title"] for change in reader.changes] == ["small"]
+    assert Control("resync", "public.posts", "upstream_gap") in reader.bodies
 
 
 async def test_an_answered_heartbeat_proves_the_time_before_it(database: str) -> None:
@@ -335,44 +345,133 @@ async def test_an_answered_heartbeat_proves_the_time_before_it(database: str) ->
         assert reader.batches[0].proven_until is None
 
 
-class Relay:
-    """A road to a server that can be frozen: nothing comes back any more, and nothing is closed."""
-
-    def __init__(self, url: str) -> None:
-        self._target = urlsplit(url).port
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-
-    def freeze(self) -> None:
-        self._flowing.clear()
-
-    @asynccontextmanager
-    async def serving(self) -> AsyncIterator[str]:
-        async with await asyncio.start_server(self._connect, "127.0.0.1", 0) as server:
-            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            self._flowing.set()
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
-
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        while data := await source.read(65_536):
-            await self._flowing.wait()
-            target.write(data)
-        target.close()
+FAILURES: dict[str, tuple[Callable[[LocalSupabase], object], str]] = {
+    "phx_close": (LocalSupabase.phx_close, "CLOSED"),
+    "system_error": (LocalSupabase.system_error, "Too many database timeouts"),
+    "oversize": (LocalSupabase.oversize, "CHANNEL_ERROR"),
+}
 
 
-async def test_a_server_that_falls_silent_ends_the_stream(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "SILENCE_SECONDS", 0.2)
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_what_ends_a_channel_ends_the_stream_and_the_next_begins_with_a_resync(
+    database: str, failure: str
+) -> None:
+    misbehave, reason = FAILURES[failure]
+    async with local(database) as supabase, connected(database) as db:
+        source = source_of(supabase)
+        async with source.open(None, owner="test/1") as stream:
+            reader = Reader(stream, supabase)
+            await reader.next()
+            misbehave(supabase)
+            await insert(db, "perhaps")
+            with pytest.raises(SourceError, match=reason):
+                await reader.until(2)
+        await consumed(db)
+        async with source.open(reader.batches[-1].watermark, owner="test/2") as stream:
+            again = Reader(stream, supabase)
+            await again.until(1)
+            await insert(db, "after")
+            control, change = await again.until(2)
+    assert control == GAP
+    assert isinstance(change, Change)
+    assert row(change, change.new)["title"] == "after"
+
+
+async def test_a_server_that_is_gone_for_a_while_is_told_until_it_is_back(database: str) -> None:
     async with local(database) as supabase:
-        relay = Relay(supabase.url)
-        async with relay.serving() as url:
-            source = SupabaseSource(url, SERVICE_KEY, tables=["public.posts"])
-            async with source.open(None, owner="test/1") as stream:
-                relay.freeze()
-                with pytest.raises(SourceError, match="heartbeat"):
-                    await Reader(stream, supabase).until(1)
+        source = source_of(supabase)
+        async with source.open(None, owner="test/1") as stream:
+            restarting = asyncio.create_task(supabase.restart(0.5))
+            with pytest.raises(SourceError, match="CHANNEL_ERROR"):
+                await Reader(stream, supabase).until(1)
+        with pytest.raises(SourceError, match="cannot be reached"):
+            await source.check()
+        await restarting
+        await source.check()
+
+
+async def test_a_server_that_falls_silent_ends_the_stream_and_proves_nothing_meanwhile(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(link_module, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(link_module, "CLOSE_SECONDS", 0.1)
+    async with local(database) as supabase, source_of(supabase).open(None, owner="test/1") as stream:
+        reader = Reader(stream, supabase)
+        while reader.batches == [] or reader.batches[-1].proven_until is None:
+            await reader.next()
+        supabase.freeze()
+        frozen_at = time.time()
+        with pytest.raises(SourceError, match="heartbeat"):
+            await reader.until(1)
+        proofs = [batch.proven_until for batch in reader.batches if batch.proven_until is not None]
+        assert max(proofs) <= frozen_at - link_module.POLL_SECONDS
+
+
+@pytest.mark.parametrize("misbehave", [LocalSupabase.freeze, LocalSupabase.ignore_joins])
+async def test_a_server_that_answers_no_handshake_or_no_join_is_given_up(
+    database: str, monkeypatch: pytest.MonkeyPatch, misbehave: Callable[[LocalSupabase], None]
+) -> None:
+    monkeypatch.setattr(link_module, "OPEN_SECONDS", 0.3)
+    monkeypatch.setattr(link_module, "CLOSE_SECONDS", 0.1)
+    async with local(database) as supabase:
+        misbehave(supabase)
+        with pytest.raises(SourceError, match="in time"):
+            await source_of(supabase).check()
+
+
+async def test_a_join_that_is_refused_is_told_with_its_reason(database: str) -> None:
+    async with local(database) as supabase:
+        supabase.refuse_joins("InvalidJWTToken: Token has expired 12 seconds ago")
+        with pytest.raises(SourceError, match="Token has expired"):
+            await source_of(supabase).check()
+        supabase.refuse_joins(None)
+        await source_of(supabase).check()
+
+
+async def test_a_fault_of_ours_while_hearing_a_change_ends_the_stream(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(*arguments: object) -> None:
+        raise RuntimeError("hush")
+
+    async with connected(database) as db, streaming(database) as reader:
+        monkeypatch.setattr(link_module._Heard, "add", stumble)
+        await insert(db, "unheard")
+        with pytest.raises(SourceError, match="hearing it failed: RuntimeError"):
+            await reader.until(1)
+
+
+async def test_a_client_that_stops_listening_without_a_word_is_noticed(
+    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stumble(*arguments: object) -> None:
+        raise RuntimeError("past every guard")
+
+    monkeypatch.setattr(link_module, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(link_module.Link, "on_change", stumble)
+    async with connected(database) as db, streaming(database) as reader:
+        await insert(db, "unheard")
+        with pytest.raises(SourceError, match="heartbeat"):
+            await reader.until(1)
+
+
+async def test_changes_told_again_behind_newer_ones_are_read_once(database: str) -> None:
+    async with connected(database) as db, streaming(database) as reader:
+        number = await insert(db, "first")
+        await reader.until(1)
+        reader.supabase.delay(0.3)  # so that one poll brings all of them
+        reader.supabase.repeat(3)
+        for title in ("second", "third", "fourth"):
+            await db.execute("update posts set title = $2 where id = $1", number, title)
+            await asyncio.sleep(0.002)  # commit times have milliseconds
+        await reader.until(4)
+        await insert(db, "end")
+        await reader.until(5)
+    assert [row(change, change.new)["title"] for change in reader.changes] == [
+        *("first", "second", "third", "fourth", "end")
+    ]
+    assert reader.bodies == reader.changes
 
 
 async def test_a_refused_key_is_a_matter_of_configuration(database: str) -> None:
@@ -395,124 +494,3 @@ async def test_an_address_where_nobody_listens_is_told() -> None:
         await SupabaseSource("http://127.0.0.1:1", SERVICE_KEY, tables=["public.posts"]).check()
     with pytest.raises(ConfigurationError, match="SUPABASE_URL"):
         await SupabaseSource("nonsense", SERVICE_KEY, tables=["public.posts"]).check()
-
-
-async def test_the_stand_in_speaks_the_second_version_of_the_protocol(database: str) -> None:
-    async with local(database) as supabase, connected(database) as db:
-        address = supabase.url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={SERVICE_KEY}&vsn=2.0.0"
-        async with connect(address) as client, asyncio.timeout(10):
-            binding = {"event": "INSERT", "schema": "public", "table": "posts"}
-            config = {"config": {"postgres_changes": [binding]}}
-            await client.send(orjson.dumps(["1", "1", "realtime:room", "phx_join", config]).decode())
-            reply = orjson.loads(await client.recv())
-            (answered,) = reply[4]["response"]["postgres_changes"]
-            assert reply[:4] == ["1", "1", "realtime:room", "phx_reply"]
-            assert answered == {**binding, "id": answered["id"]}
-            assert orjson.loads(await client.recv())[4]["message"] == "Subscribed to PostgreSQL"
-            number = await insert(db, "hello")
-            *head, payload = orjson.loads(await client.recv())
-            assert head == [None, None, "realtime:room", "postgres_changes"]
-            assert payload["ids"] == [answered["id"]]
-            assert payload["data"]["record"]["id"] == number
-            assert payload["data"].keys() == {
-                "schema",
-                "table",
-                "commit_timestamp",
-                "type",
-                "errors",
-                "columns",
-                "record",
-            }
-            await client.send(orjson.dumps([None, "2", "phoenix", "heartbeat", {}]).decode())
-            assert orjson.loads(await client.recv()) == [
-                None,
-                "2",
-                "phoenix",
-                "phx_reply",
-                {"status": "ok", "response": {}},
-            ]
-            await client.send(orjson.dumps(["1", "3", "realtime:room", "phx_leave", {}]).decode())
-            assert orjson.loads(await client.recv())[3] == "phx_reply"
-            assert orjson.loads(await client.recv()) == ["1", "1", "realtime:room", "phx_close", {}]
-
-
-async def test_the_stand_in_reads_tables_for_the_service_key_alone(database: str) -> None:
-    async with local(database) as supabase, connected(database) as db:
-        numbers = [await insert(db, title) for title in ("a", "b,c", "d")]
-        options = AsyncClientOptions(auto_refresh_token=False, persist_session=False)
-        client = await acreate_client(supabase.url, SERVICE_KEY, options)
-        posts = client.table("posts")
-        every = await posts.select("*").order("id", desc=True).limit(2).execute()
-        assert [post["id"] for post in every.data] == numbers[:0:-1]  # type: ignore[index,call-overload]
-        some = await client.table("posts").select("*").gt("id", numbers[0]).in_("title", ["a", "b,c"]).execute()
-        assert [post["title"] for post in some.data] == ["b,c"]  # type: ignore[index,call-overload]
-        await client.postgrest.aclose()
-        await client.auth.close()
-        async with httpx.AsyncClient(base_url=supabase.url) as http:
-            refused = await http.get("/rest/v1/posts", headers={"apikey": ANON_KEY})
-            absent = await http.get("/rest/v1/absent", headers={"apikey": SERVICE_KEY})
-            wrong = await http.get("/rest/v1/posts?id=eq.x", headers={"apikey": SERVICE_KEY})
-        assert [refused.status_code, absent.status_code, wrong.status_code] == [401, 404, 400]
-
-
-async def test_the_stand_in_knows_users_by_their_tokens(database: str) -> None:
-    subject = str(uuid4())
-    async with local(database) as supabase, httpx.AsyncClient(base_url=supabase.url) as http:
-        client = await acreate_client(supabase.url, ANON_KEY, AsyncClientOptions(auto_refresh_token=False))
-        known = await client.auth.get_user(token(subject, email="a@example.com"))
-        await client.auth.close()
-        unknown = await http.get("/auth/v1/user", headers={"Authorization": "Bearer x.y.z"})
-        keys = await http.get("/auth/v1/.well-known/jwks.json")
-    assert known is not None
-    assert (known.user.id, known.user.email) == (subject, "a@example.com")
-    assert (unknown.status_code, keys.json()) == (401, {"keys": []})
-
-
-async def test_the_stand_in_closes_the_earlier_of_two_joins_as_the_real_server_does(database: str) -> None:
-    join = {"topic": "realtime:room", "event": "phx_join", "payload": {"config": {}}}
-    async with local(database) as supabase:
-        address = supabase.url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={ANON_KEY}"
-        async with connect(address) as client, asyncio.timeout(10):
-            await client.send("not a frame")
-            await client.send(orjson.dumps({**join, "ref": "0", "event": "presence"}).decode())
-            for ref in ("1", "2"):
-                await client.send(orjson.dumps({**join, "ref": ref}).decode())
-            await client.send(orjson.dumps({**join, "ref": "3", "topic": "elsewhere"}).decode())
-            frames = [orjson.loads(await client.recv()) for _ in range(5)]
-    assert [(frame["event"], frame["ref"]) for frame in frames] == [
-        ("phx_reply", "0"),
-        ("phx_reply", "1"),
-        ("phx_reply", "2"),
-        ("phx_close", "1"),
-        ("phx_reply", "3"),
-    ]
-    assert [frame["payload"].get("status") for frame in frames] == ["error", "ok", "ok", None, "error"]
-
-
-async def test_the_stand_in_subscribes_again_for_a_new_token_and_closes_for_a_worse_one(database: str) -> None:
-    async with local(database) as supabase:
-        address = supabase.url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={ANON_KEY}&vsn=2.0.0"
-        async with connect(address) as client, asyncio.timeout(10):
-            config = {"postgres_changes": [{"event": "*", "schema": "public", "table": "posts"}]}
-            payload = {"config": config, "access_token": token(None, role="service_role")}
-            await client.send(orjson.dumps(["1", "1", "realtime:room", "phx_join", payload]).decode())
-            for text in (SERVICE_KEY, SERVICE_KEY, ANON_KEY):
-                refresh = {"access_token": text}
-                await client.send(orjson.dumps(["1", None, "realtime:room", "access_token", refresh]).decode())
-            frames = [orjson.loads(await client.recv()) for _ in range(5)]
-    assert [frame[3] for frame in frames] == ["phx_reply", "system", "system", "system", "phx_close"]
-    assert [frame[4]["status"] for frame in frames[1:4]] == ["error", "ok", "error"]
-
-
-async def test_the_stand_in_leaves_no_slot_behind(database: str) -> None:
-    async with connected(database) as db:
-        async with local(database):
-            assert (
-                await db.fetchval("select count(*) from pg_replication_slots where database = current_database()") == 1
-            )
-
-        async def gone() -> bool:
-            slots = "select count(*) from pg_replication_slots where database = current_database()"
-            return bool(await db.fetchval(slots) == 0)
-
-        await eventually(gone)

@@ -1,5 +1,6 @@
 """Payloads of Supabase Realtime read back into Postgres' texts, and what a reader learns of tables from them."""
 
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -8,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from realtime import RealtimePostgresChangesListenEvent
 
-from realtime_bridge.change import ABSENT, Body, Change, Control
-from realtime_bridge.sources.supabase import PayloadReader, parse_timestamp, to_text
+from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Relation
+from realtime_bridge.sources import supabase_payload as payload_module
+from realtime_bridge.sources.supabase_payload import REPEAT_SECONDS, PayloadReader, RowOrder, parse_timestamp
+from realtime_bridge.sources.supabase_texts import to_text
 from realtime_bridge.values import encode_value
 
 TIME = "2026-01-02T03:04:05.678Z"
@@ -217,3 +220,75 @@ async def test_a_row_made_again_within_one_transaction_is_no_repeat() -> None:
     for payload in (created, deleted, created):
         bodies += await reader.read(payload)
     assert [body.operation for body in bodies if isinstance(body, Change)] == ["INSERT", "DELETE", "INSERT"]
+
+
+async def test_an_older_change_that_was_told_is_left_out_and_one_that_was_not_is_refused() -> None:
+    reader = PayloadReader()
+    times = [TIME.replace("05.678", f"0{second}.000") for second in range(4)]
+    versions = [data("UPDATE", {"id": 1, "title": time}, {"id": 1}, time=time) for time in times]
+    told = [len(await reader.read(versions[i])) for i in (0, 2, 3, 0, 2, 3)]
+    assert told == [1, 1, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="older"):
+        await reader.read(versions[1])
+    other = data("INSERT", {"id": 2, "title": "another row"}, time=times[1])
+    assert len(await reader.read(other)) == 1
+
+
+async def test_a_row_is_known_by_its_former_key_too() -> None:
+    reader = PayloadReader()
+    first, second, third = (TIME.replace("05.678", f"0{second}.000") for second in range(3))
+    moved = data("UPDATE", {"id": 2, "title": "a"}, {"id": 1}, time=third)
+    await reader.read(data("INSERT", {"id": 1, "title": "a"}, time=first))
+    await reader.read(moved)
+    assert await reader.read(moved) == []
+    with pytest.raises(ValueError, match="older"):
+        await reader.read(data("DELETE", None, {"id": 1}, time=second))
+
+
+async def test_a_table_that_has_changed_is_still_told_after_a_row_that_could_not_be_read() -> None:
+    reader = PayloadReader()
+    await reader.read(data("INSERT", {"id": 1, "title": "a"}))
+    columns = {**COLUMNS, "slug": "text"}
+    with pytest.raises(ValueError, match="key"):
+        await reader.read(data("INSERT", {"title": "b"}, None, columns))
+    control, _ = await reader.read(data("INSERT", {"id": 2, "title": "b"}, None, columns))
+    assert control == Control("catalog", "public.posts", commit_time=parse_timestamp(TIME))
+
+
+# -- the order of a row's changes -------------------------------------------------------------------------------------
+
+POSTS = Relation("public", "posts", (Column("id", "int8"), Column("version", "int8")), (0,), full=False)
+
+
+def version(number: int, row: int = 1) -> Change:
+    return Change("UPDATE", POSTS, None, (str(row), str(number)), number)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 3)), max_size=30))
+def test_whatever_arrives_the_versions_of_a_row_that_are_told_only_grow(arrivals: list[tuple[int, int]]) -> None:
+    order, told = RowOrder(), dict[int, list[int]]()
+    for number, row in arrivals:
+        versions = told.setdefault(row, [])
+        try:
+            if order.admit(version(number, row)):
+                versions.append(number)
+            else:
+                assert number in versions
+        except ValueError:
+            assert number not in versions
+            assert number < versions[-1]
+    assert all(one < other for versions in told.values() for one, other in pairwise(versions))
+
+
+def test_what_was_told_is_forgotten_in_time() -> None:
+    now = 0.0
+    order = RowOrder(clock=lambda: now)
+    assert order.admit(version(2))
+    now = REPEAT_SECONDS
+    assert order.admit(version(1))  # a clock that was set back is believed at last
+
+
+def test_no_more_is_remembered_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payload_module, "REPEAT_CHANGES", 2)
+    order = RowOrder()
+    assert [order.admit(version(1, row)) for row in (1, 2, 3, 3, 2, 1)] == [True, True, True, False, False, True]

@@ -1,0 +1,118 @@
+"""As much of PostgREST as reads a table.
+
+Layer: whole (dev). May import: errors.
+Sources: PostgREST's reference of tables and views; Supabase's projects answer at most 1,000 rows.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+from urllib.parse import parse_qsl
+
+import asyncpg
+
+from realtime_bridge.errors import BadRequestError, NotFoundError
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+
+MOST_ROWS: Final = 1_000
+_OPERATORS: Final = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+_IS: Final = frozenset({"null", "true", "false", "unknown"})
+_DIRECTIONS: Final = frozenset({"", "asc", "desc"})
+_COLUMNS: Final = """
+select attname, format_type(atttypid, atttypmod) from pg_attribute
+where attrelid = to_regclass($1) and attnum > 0 and not attisdropped
+"""
+
+
+def quote(name: str) -> str:
+    """A name as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+async def select(pool: Pool, schema: str, table: str, query: str) -> bytes:
+    """Rows as a JSON array, for an address' `query`.
+
+    Raises:
+        NotFoundError: no such table.
+        BadRequestError: something in the query is not understood, or a value does not fit its column.
+    """
+    name = f"{quote(schema)}.{quote(table)}"
+    types: dict[str, str] = {row[0]: row[1] for row in await pool.fetch(_COLUMNS, name)}
+    if not types:
+        raise NotFoundError(f"no table {schema}.{table}")
+    asked = _Query(types)
+    for word, value in parse_qsl(query, keep_blank_values=True):
+        asked.take(word, value)
+    sql = f"select coalesce(json_agg(to_jsonb(r)), '[]')::text from ({asked.sql(name)}) r"  # noqa: S608 - names are quoted
+    try:
+        text: str = await pool.fetchval(sql, *asked.arguments)
+    except (asyncpg.DataError, asyncpg.SyntaxOrAccessError) as error:
+        raise BadRequestError(str(error)) from None
+    return text.encode()
+
+
+@dataclass
+class _Query:
+    """What is asked of a table: `select`, `order`, `limit`, `offset`, and filters of columns (all must hold)."""
+
+    types: Mapping[str, str]
+    arguments: list[str | list[str]] = field(default_factory=list)
+    columns: str = "*"
+    conditions: list[str] = field(default_factory=list)
+    order: str = ""
+    limit: int = MOST_ROWS
+    offset: int = 0
+
+    def take(self, word: str, value: str) -> None:
+        """Take one parameter of the address.
+
+        Raises:
+            BadRequestError: it is not understood here.
+        """
+        if word == "select":
+            self.columns = "*" if value == "*" else ", ".join(self._column(name) for name in value.split(","))
+        elif word == "order":
+            self.order = "order by " + ", ".join(self._order(term) for term in value.split(","))
+        elif word in ("limit", "offset") and value.isdecimal():
+            setattr(self, word, min(int(value), MOST_ROWS) if word == "limit" else int(value))
+        else:
+            self.conditions.append(self._condition(word, value))
+
+    def sql(self, name: str) -> str:
+        """The whole, for the table of this quoted name."""
+        where = f"where {' and '.join(self.conditions)}" if self.conditions else ""
+        return f"select {self.columns} from {name} {where} {self.order} limit {self.limit} offset {self.offset}"  # noqa: S608
+
+    def _column(self, name: str) -> str:
+        if name not in self.types:
+            raise BadRequestError(f"{name}: no such column, or not understood here")
+        return quote(name)
+
+    def _order(self, term: str) -> str:
+        name, _, direction = term.partition(".")
+        if direction not in _DIRECTIONS:
+            raise BadRequestError(f"order: {term}")
+        return f"{self._column(name)} {direction}"
+
+    def _condition(self, name: str, value: str) -> str:
+        column = self._column(name)
+        word, _, operand = value.partition(".")
+        if word == "is" and operand in _IS:
+            return f"{column} is {operand}"
+        if word == "in" and operand.startswith("(") and operand.endswith(")"):
+            self.arguments.append(_items(operand[1:-1]))
+            return f"{column} = any (${len(self.arguments)}::text[]::{self.types[name]}[])"
+        if word in _OPERATORS:
+            self.arguments.append(operand)
+            return f"{column} {_OPERATORS[word]} ${len(self.arguments)}::text::{self.types[name]}"
+        raise BadRequestError(f"{name}: {value} is not understood here")
+
+
+def _items(text: str) -> list[str]:
+    """The items of an `in` list; one in double quotes may hold commas."""
+    return [
+        re.sub(r"\\(.)", r"\1", quoted) if quoted or not bare else bare
+        for quoted, bare in re.findall(r'"((?:[^"\\]|\\.)*)"|([^,"]+)', text)
+    ]

@@ -1,0 +1,253 @@
+"""Everything that Supabase does wrong, under a steady writer, through a bridge that is never restarted.
+
+One fault is left out: a change that is dropped in silence. A source that only listens cannot notice it; that takes
+reading rows back.
+"""
+
+import asyncio
+import random
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import asyncpg
+import httpx
+import pytest
+
+from realtime_bridge.dev.supabase import LocalSupabase
+from tests.bridges import BridgeProcess
+from tests.clients import Copy, Message, read_posts
+from tests.services import SECRET, eventually, token
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.fault,
+    pytest.mark.timeout(120),
+]
+
+ADA, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+SERVICE_KEY = token(None, role="service_role")
+ANON_KEY = token(None, role="anon")
+FLOWS_WITHIN = 30.0
+
+
+class SteadyWriter:
+    """Inserts posts of both users and changes them; each change has a `body` greater than any before it.
+
+    It deletes only when told to: of a secured row, Supabase tells no more than the key of what is deleted.
+    """
+
+    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        self.version = 0
+        self._connection = connection
+        self._rows: list[int] = []
+        self._dice = random.Random(7)
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        while not self._stop.is_set():
+            self.version += 1
+            if len(self._rows) < 12:
+                await self._insert(self._dice.choice([ADA, BOB]))
+            else:
+                row, is_public = self._dice.choice(self._rows), self._dice.random() < 0.5
+                sql = "update posts set body = $2, is_public = $3 where id = $1"
+                await self._connection.execute(sql, row, str(self.version), is_public)
+            await asyncio.sleep(0.02)
+
+    async def _insert(self, user: str) -> None:
+        sql = "insert into posts (user_id, title, body, is_public) values ($1, 'x', $2, true) returning id"
+        self._rows.append(await self._connection.fetchval(sql, user, str(self.version)))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+@dataclass
+class Scene:
+    """A local Supabase, a bridge over it, a writer, and two clients."""
+
+    supabase: LocalSupabase
+    bridge: BridgeProcess
+    database: str
+    writer: SteadyWriter
+    copies: list[Copy]
+
+    def newest(self, copy: Copy) -> int:
+        """The newest version that a client was sent live."""
+        return max((int(m["record"]["body"]) for m in copy.history if "record" in m), default=0)
+
+    async def flows(self) -> None:
+        """Wait until every client is sent what is written from now on."""
+        now = self.writer.version
+        await eventually(lambda: all(self.newest(copy) > now for copy in self.copies), FLOWS_WITHIN)
+
+    async def told(self) -> None:
+        """Wait until every client was told of a gap."""
+        await eventually(lambda: all("upstream_gap" in copy.resyncs for copy in self.copies), FLOWS_WITHIN)
+
+    async def problem(self) -> str:
+        """Why the bridge says that it is not ready; empty if it is."""
+        async with httpx.AsyncClient() as http:
+            upstream = (await http.get(f"{self.bridge.url}/readyz")).json()["checks"]["upstream"]
+        return "" if upstream["ok"] else str(upstream["reason"])
+
+    async def lose(self) -> None:
+        """Delete a row and make another, for whoever does not look."""
+        connection = await asyncpg.connect(self.database)
+        await connection.execute("insert into posts (user_id, title, body) values ($1, 'in the gap', '0')", ADA)
+        await connection.execute("delete from posts where title = 'before'")
+        await connection.close()
+
+    async def ends_well(self) -> None:
+        """Copies equal the table as their users see it, and no row went back in time."""
+        self.writer.stop()
+        for copy in self.copies:
+            await eventually(partial(self._is_equal, copy))
+            assert versions_in_order(copy.history)
+
+    async def _is_equal(self, copy: Copy) -> bool:
+        rows, _ = await read_posts(self.bridge.url, copy.token)
+        return copy.rows == rows
+
+
+def versions_in_order(history: list[Message]) -> bool:
+    """Whether each row's versions, as they were sent, only grow: nothing older, and nothing twice."""
+    versions: dict[int, list[int]] = defaultdict(list)
+    for message in history:
+        if "record" in message:
+            versions[message["record"]["id"]].append(int(message["record"]["body"]))
+    return all(one < other for row in versions.values() for one, other in pairwise(row))
+
+
+@asynccontextmanager
+async def scene(database: str, namespace: str) -> AsyncIterator[Scene]:
+    """Everything running, and a row `before` that both users see."""
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "insert into posts (user_id, title, body, is_public) values ($1, 'before', '0', true)", ADA
+    )
+    settings = {"BRIDGE_SOURCE": "supabase", "BRIDGE_RESYNC_SECONDS": "1", "BRIDGE_NAMESPACE": namespace}
+    async with LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key=ANON_KEY) as supabase:
+        settings |= {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": SERVICE_KEY}
+        async with BridgeProcess(database, **settings) as bridge, asyncio.TaskGroup() as tasks:
+            copies = [Copy(bridge.url, token(user)) for user in (ADA, BOB)]
+            writer = SteadyWriter(connection)
+            made = Scene(supabase, bridge, database, writer, copies)
+            writing = tasks.create_task(writer.run(), name="writer")
+            for copy in copies:
+                await copy.load()
+            following = [tasks.create_task(copy.follow(), name="client") for copy in copies]
+            await made.flows()
+            assert all(copy.resyncs == [] for copy in copies)
+            yield made
+            writer.stop()
+            await writing
+            for one in following:
+                one.cancel()
+    await connection.close()
+
+
+Fault: TypeAlias = Callable[[Scene], Coroutine[Any, Any, None]]
+
+
+# -- faults: each lasts, and is over when it returns -----------------------------------------------------------------
+
+
+async def is_restarted(scene: Scene) -> None:
+    await scene.supabase.restart(2)
+
+
+async def closes_connections(scene: Scene) -> None:
+    await scene.supabase.close(1012)
+
+
+async def freezes_until_given_up(scene: Scene) -> None:
+    scene.supabase.freeze()
+
+    async def is_given_up() -> bool:
+        return "heartbeat" in await scene.problem()
+
+    await eventually(is_given_up, 15)
+    scene.supabase.thaw()
+
+
+async def sends_a_frame_too_large(scene: Scene) -> None:
+    scene.supabase.oversize()
+
+
+async def closes_the_channel(scene: Scene) -> None:
+    scene.supabase.phx_close()
+
+
+async def reports_an_error(scene: Scene) -> None:
+    scene.supabase.system_error()
+
+
+async def ends_the_token(scene: Scene) -> None:
+    scene.supabase.refuse_joins("InvalidJWTToken: Token has expired 12 seconds ago")
+    scene.supabase.system_error("Token has expired 12 seconds ago")
+    scene.supabase.phx_close()
+    await eventually(lambda: "Token has expired" in scene.bridge.log)
+    scene.supabase.refuse_joins(None)
+
+
+async def answers_no_join(scene: Scene) -> None:
+    scene.supabase.ignore_joins()
+    await scene.supabase.close(1011)
+    await asyncio.sleep(1.5)  # how long it lasts
+    scene.supabase.ignore_joins(ignored=False)
+
+
+async def subscribes_again(scene: Scene) -> None:
+    scene.supabase.resubscribe()
+
+
+LOSING: list[Fault] = [
+    is_restarted,
+    closes_connections,
+    freezes_until_given_up,
+    sends_a_frame_too_large,
+    closes_the_channel,
+    reports_an_error,
+    ends_the_token,
+    answers_no_join,
+    subscribes_again,
+]
+
+
+@pytest.mark.parametrize("fault", LOSING, ids=lambda fault: str(fault.__name__))
+async def test_a_supabase_that(fault: Fault, database: str, namespace: str) -> None:
+    """… is told of to every client, and after it everything flows again."""
+    async with scene(database, namespace) as scene_:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fault(scene_))
+            tasks.create_task(scene_.lose())
+        await scene_.told()
+        await scene_.flows()
+        await eventually(lambda: is_ready(scene_))
+        await scene_.ends_well()
+
+
+async def is_ready(scene: Scene) -> bool:
+    return not await scene.problem()
+
+
+async def test_a_supabase_that_is_only_slow_or_repeats_itself_is_no_gap(database: str, namespace: str) -> None:
+    async with scene(database, namespace) as scene_:
+        scene_.supabase.delay(1.5)
+        await scene_.flows()
+        scene_.supabase.delay(0.5)  # so that what is repeated comes behind what is newer
+        scene_.supabase.repeat(25)
+        await scene_.flows()
+        scene_.supabase.freeze()
+        await asyncio.sleep(1)  # how long it lasts
+        scene_.supabase.thaw()
+        await scene_.flows()
+        await scene_.ends_well()
+        assert [copy.resyncs for copy in scene_.copies] == [[], []]

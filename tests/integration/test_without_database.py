@@ -1,0 +1,46 @@
+"""A bridge that has no database of its own: a project's address and key, and rules in place of its policies."""
+
+import uuid
+
+import asyncpg
+import orjson
+import pytest
+
+from realtime_bridge.dev.supabase import LocalSupabase
+from tests.bridges import BridgeProcess
+from tests.clients import open_socket, receive, receive_data
+from tests.services import SECRET, token
+
+pytestmark = pytest.mark.integration
+
+ADA, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+SERVICE_KEY = token(None, role="service_role")
+
+
+async def test_rules_alone_decide_who_sees_a_row(database: str, namespace: str) -> None:
+    rules = orjson.dumps({"public.posts": "user_id = auth.uid() or is_public"}).decode()
+    async with LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key="anon") as supabase:
+        settings = {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": SERVICE_KEY, "BRIDGE_POLICIES": rules}
+        no_database = ""
+        async with (
+            BridgeProcess(no_database, BRIDGE_NAMESPACE=namespace, **settings) as bridge,
+            open_socket(bridge.url, token(ADA)) as ada,
+            open_socket(bridge.url, token(BOB)) as bob,
+        ):
+            for socket in (ada, bob):
+                assert (await receive(socket))["type"] == "ready"
+            connection = await asyncpg.connect(database)
+            insert = "insert into posts (user_id, title, is_public) values ($1, $2, $3) returning id"
+            private = await connection.fetchval(insert, ADA, "private", False)
+            public = await connection.fetchval(insert, ADA, "public", True)
+            await connection.execute("update posts set is_public = false where id = $1", public)
+            await connection.execute("update posts set is_public = true where id = $1", private)
+            await connection.close()
+
+            seen_by_ada = [await receive_data(ada) for _ in range(4)]
+            assert [m["type"] for m in seen_by_ada] == ["INSERT", "INSERT", "UPDATE", "UPDATE"]
+            assert seen_by_ada[0]["record"]["title"] == "private"
+            seen_by_bob = [await receive_data(bob) for _ in range(3)]
+            assert [m["type"] for m in seen_by_bob] == ["INSERT", "DELETE", "INSERT"]
+            assert (seen_by_bob[1]["old_record"], seen_by_bob[1]["left"]) == ({"id": public}, True)
+            assert [seen_by_bob[i]["record"]["id"] for i in (0, 2)] == [public, private]
