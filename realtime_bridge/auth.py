@@ -14,7 +14,7 @@ import hmac
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol, TypeAlias
 
 import jwt
@@ -101,7 +101,7 @@ class Verifier:
         self._audience = audience
         self._issuer = issuer
         self._roles = frozenset(roles)
-        self._configured = {key.encode(): claims for key in configured_keys if (claims := _unverified(key))}
+        self._configured = _readable(configured_keys)
         self._leeway = leeway
         self._signatures = _signatures()
 
@@ -131,11 +131,13 @@ class Verifier:
             header = self._signatures.get_unverified_header(token)
         algorithm = header.get("alg")
         if algorithm == "HS256" and self._secret is None and self._confirm is not None:
-            claims = self._claims(_object(self._payload(token)), trusted=False)
+            claims = self._claims(_unverified(token), trusted=False)
             await self._confirm(token, claims)
             return claims
         key = await self._key(algorithm, header.get("kid"))
-        return self._claims(_object(self._payload(token, key, algorithm)), trusted=False)
+        with _refusals():
+            signed = self._signatures.decode_complete(token, key, algorithms=[str(algorithm)])
+        return self._claims(_object(signed["payload"]), trusted=False)
 
     def _configured_key(self, token: str) -> Mapping[str, Any] | None:
         """The claims of the configured key that the token is. Compares with all of them, in constant time."""
@@ -144,14 +146,6 @@ class Verifier:
             if hmac.compare_digest(key, token.encode()):
                 found = values
         return found
-
-    def _payload(self, token: str, key: bytes | PublicKey | None = None, algorithm: object = None) -> bytes:
-        """What the token's signature vouches for; without a key, what it would vouch for."""
-        with _refusals():
-            payload: bytes = self._signatures.decode_complete(
-                token, key or b"", algorithms=[str(algorithm)], options={"verify_signature": key is not None}
-            )["payload"]
-        return payload
 
     async def _key(self, algorithm: object, kid: str | None) -> bytes | PublicKey:
         """The one kind of key that may verify this algorithm."""
@@ -265,12 +259,23 @@ def _examined(secret: str) -> bytes:
         raise ConfigurationError("SUPABASE_JWT_SECRET is a public key or certificate, not a shared secret.") from None
 
 
-def _unverified(key: str) -> Mapping[str, Any] | None:
-    """The claims of a configured key, or None if it is no JWT."""
-    try:
-        return _object(jwt.PyJWS().decode_complete(key, options={"verify_signature": False})["payload"])
-    except (jwt.PyJWTError, UnauthorizedError, UnicodeEncodeError):
-        return None
+def _unverified(token: str) -> Mapping[str, Any]:
+    """What a token says, whoever signed it.
+
+    Raises:
+        UnauthorizedError: it is no JWT.
+    """
+    with _refusals():
+        return _object(jwt.PyJWS().decode_complete(token, options={"verify_signature": False})["payload"])
+
+
+def _readable(configured_keys: Collection[str]) -> dict[bytes, Mapping[str, Any]]:
+    """The claims of those configured keys that are JWTs."""
+    claims = {}
+    for key in configured_keys:
+        with suppress(UnauthorizedError, UnicodeEncodeError):
+            claims[key.encode()] = _unverified(key)
+    return claims
 
 
 def _object(payload: bytes) -> Mapping[str, Any]:

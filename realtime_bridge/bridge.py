@@ -27,6 +27,7 @@ from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, UnavailableError
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.ingest import Ingest
+from realtime_bridge.jwks import GetUser, JwksKeySet
 from realtime_bridge.metrics import Metrics, Reading
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
@@ -76,7 +77,9 @@ class Bridge:
     def __init__(self, settings: Settings) -> None:
         settings.require()
         self.settings = settings
-        self.verifier = make_verifier(settings)
+        self._keys = make_key_set(settings)
+        self._get_user = make_get_user(settings)
+        self.verifier = make_verifier(settings, self._keys, self._get_user)
         if self.verifier.weak_secret:
             logger.warning("SUPABASE_JWT_SECRET is shorter than 32 bytes and can be guessed")
         self.metrics = Metrics(self._readings)
@@ -124,13 +127,17 @@ class Bridge:
             await policy.load()
             source = make_source(settings, database)
             broker: Broker = await stack.enter_async_context(make_broker(settings))
+            for part in (self._keys, self._get_user):
+                if part is not None:
+                    await stack.enter_async_context(part)
             tasks = await stack.enter_async_context(_BackgroundTasks())
             self._running = running = self._assemble(broker, policy, source, database, tasks)
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             tasks.forever("ingest", running.ingest.run)
-            async with asyncio.timeout(_BEGIN_SECONDS):
-                await running.hub.begun()
+            if self._keys is not None:
+                tasks.forever("keys", self._keys.run)
+            await _begin(running.hub)
             yield {"realtime_bridge": self}
             self.drain()
 
@@ -231,10 +238,10 @@ class _BackgroundTasks:
         self._lasting: list[asyncio.Task[None]] = []
         return self
 
-    async def __aexit__(self, *exc_info: Any) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         for task in self._lasting:
             task.cancel()
-        await self._group.__aexit__(*exc_info)
+        await self._group.__aexit__(None, None, None)  # which would wrap an error of the block in a group
 
     def forever(self, name: str, run: Any) -> None:
         """Run a coroutine function for ever; a fault of ours is logged, and it begins again."""
@@ -269,6 +276,14 @@ def _keep_tokens_out_of_uvicorns_log() -> None:
             target.addFilter(RedactQuery())
 
 
+async def _begin(hub: Hub) -> None:
+    try:
+        async with asyncio.timeout(_BEGIN_SECONDS):
+            await hub.begun()
+    except TimeoutError:
+        raise UnavailableError("the broker cannot be followed") from None
+
+
 async def _check(probe: Coroutine[Any, Any, object]) -> Check:
     try:
         async with asyncio.timeout(2):
@@ -280,11 +295,29 @@ async def _check(probe: Coroutine[Any, Any, object]) -> Check:
     return Check(True)
 
 
-def make_verifier(settings: Settings) -> Verifier:
+def make_key_set(settings: Settings) -> JwksKeySet | None:
+    """The project's public keys, if there is a place to fetch them from."""
+    url = settings.supabase_jwks_url
+    if url is None and settings.supabase_url is not None:
+        url = settings.supabase_url.rstrip("/") + "/auth/v1/.well-known/jwks.json"
+    return None if url is None else JwksKeySet(url)
+
+
+def make_get_user(settings: Settings) -> GetUser | None:
+    """The project's own word on HS256 tokens, where its secret is not ours to know."""
+    key = _optional(settings.supabase_key)
+    if settings.supabase_jwt_secret is not None or settings.supabase_url is None or key is None:
+        return None
+    return GetUser(settings.supabase_url, key)
+
+
+def make_verifier(settings: Settings, keys: JwksKeySet | None = None, get_user: GetUser | None = None) -> Verifier:
     """How tokens are verified with these settings."""
     key = _optional(settings.supabase_key)
     return Verifier(
         secret=_optional(settings.supabase_jwt_secret),
+        keys=keys,
+        confirm=None if get_user is None else get_user.confirm,
         audience=settings.audience,
         issuer=settings.issuer,
         roles=settings.roles,

@@ -13,8 +13,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from realtime_bridge.auth import KeySet, Verifier, bearer, require_claims
+from realtime_bridge.claims import Claims
 from realtime_bridge.errors import ConfigurationError, ForbiddenError, UnauthorizedError, UnavailableError
 
 SECRET = "a-secret-of-tests-and-of-more-than-32-bytes"
@@ -178,6 +180,42 @@ async def test_a_public_key_is_no_shared_secret(encoding: Encoding, form: Public
     assert keys.asked == []
 
 
+@pytest.mark.parametrize("secret", [SECRET, None])
+@pytest.mark.parametrize(
+    "jwk", [RSAAlgorithm.to_jwk(RSA.public_key()), ECAlgorithm.to_jwk(P256.public_key())], ids=["RSA", "EC"]
+)
+async def test_the_text_of_a_jwk_is_no_shared_secret(jwk: str, secret: str | None) -> None:
+    for text in (jwk, json.dumps(json.loads(jwk), separators=(",", ":")), *map(str, json.loads(jwk).values())):
+        token = raw(json.dumps(payload()).encode(), {"alg": "HS256", "kid": "one"}, secret=text)
+        expected = "signature" if secret else "algorithm HS256 not accepted"
+        assert await refusal(token, keys=Keys(RSA.public_key()), secret=secret) == expected
+
+
+@pytest.mark.parametrize("algorithm", ["ES256", "HS256"])
+async def test_keys_that_a_token_brings_or_points_to_are_ignored(algorithm: str) -> None:
+    own = ec.generate_private_key(ec.SECP256R1())
+    brought = {
+        "jwk": json.loads(ECAlgorithm.to_jwk(own.public_key())),
+        "jku": "https://attacker.example/jwks.json",
+        "x5u": "https://attacker.example/cert.pem",
+        "x5c": ["MIIB"],
+    }
+    key: Any = own if algorithm == "ES256" else "a secret that the token brings, of more than 32 bytes"
+    token = jwt.encode(payload(), key, algorithm=algorithm, headers={**brought, "kid": "one"})
+    keys = Keys(P256.public_key())
+    assert await refusal(token, keys=keys) == "signature"
+    assert keys.asked == ([("one", "ES256")] if algorithm == "ES256" else [])
+
+
+@pytest.mark.parametrize("key", ["sb_publishable_abc", "sb_secret_abc"])
+@pytest.mark.parametrize("configured", [True, False])
+async def test_an_opaque_api_key_is_refused_with_what_to_send_instead(key: str, configured: bool) -> None:
+    reason = await refusal(key, configured_keys=[key] if configured else [])
+    assert "API key" in reason
+    assert "access token" in reason
+    assert key not in reason
+
+
 @pytest.mark.parametrize("material", [SECRET, SECRET.encode(), None.__class__, RSA.public_key(), P384.public_key()])
 async def test_a_key_of_another_kind_than_the_algorithm_asks_for_is_refused(material: object) -> None:
     token = raw(json.dumps(payload()).encode(), {"alg": "ES256"})
@@ -241,6 +279,68 @@ async def test_a_changed_payload_is_refused() -> None:
 )
 async def test_a_header_that_asks_for_what_we_do_not_do_is_refused(header: object) -> None:
     await refusal(raw(json.dumps(payload()).encode(), header))
+
+
+# -- asking the issuer -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Issuer:
+    """Says of every token what it was told to, and remembers what it was asked."""
+
+    error: Exception | None = None
+    asked: list[str] = field(default_factory=list)
+
+    async def confirm(self, token: str, claims: Claims) -> None:
+        assert claims.expires_at
+        self.asked.append(token)
+        if self.error:
+            raise self.error
+
+
+async def test_without_a_secret_the_issuer_says_whether_an_hs256_token_holds() -> None:
+    issuer, token = Issuer(), signed("a secret that only the issuer knows")
+    claims = await verifier(secret=None, confirm=issuer.confirm).verify(token)
+    assert (claims.subject, issuer.asked) == (SUBJECT, [token])
+    assert await refusal(token, secret=None, confirm=Issuer(UnauthorizedError("refused")).confirm) == "refused"
+    with pytest.raises(UnavailableError):
+        await verifier(secret=None, confirm=Issuer(UnavailableError("not now")).confirm).verify(token)
+
+
+async def test_with_a_secret_the_issuer_is_not_asked() -> None:
+    issuer = Issuer()
+    assert (await verifier(confirm=issuer.confirm).verify(signed())).subject == SUBJECT
+    assert await refusal(signed("x" * 40), confirm=issuer.confirm) == "signature"
+    assert issuer.asked == []
+
+
+@pytest.mark.parametrize("algorithm", ["none", "HS512", "ES256", "RS256", "EdDSA", "hs256", None])
+async def test_the_issuer_is_asked_about_no_other_algorithm(algorithm: str | None) -> None:
+    issuer = Issuer()
+    for keys in (None, Keys(), Keys(ED25519.public_key())):
+        await refusal(
+            raw(json.dumps(payload()).encode(), {"alg": algorithm}), secret=None, keys=keys, confirm=issuer.confirm
+        )
+    assert issuer.asked == []
+
+
+@pytest.mark.parametrize(
+    ("claims", "reason"),
+    [({"exp": 1}, "expired"), ({"exp": None}, "exp is missing"), ({"aud": "other"}, "wrong audience")],
+)
+async def test_the_issuer_is_not_asked_about_what_would_not_hold_anyway(claims: dict[str, Any], reason: str) -> None:
+    issuer = Issuer()
+    token = raw(json.dumps({k: v for k, v in {**payload(), **claims}.items() if v is not None}).encode())
+    assert await refusal(token, secret=None, confirm=issuer.confirm) == reason
+    with pytest.raises(ForbiddenError):
+        await verifier(secret=None, confirm=issuer.confirm).verify(signed(role="postgres"))
+    await refusal(
+        raw(json.dumps(payload()).encode(), {"alg": "HS256", "crit": ["x"], "x": 1}),
+        secret=None,
+        confirm=issuer.confirm,
+    )
+    await refusal(raw(b"{"), secret=None, confirm=issuer.confirm)
+    assert issuer.asked == []
 
 
 # -- claims ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[2] / "realtime_bridge"
 LAYERS = [
     ("words", ["errors", "change", "claims", "settings", "metrics", "logs"]),
     ("pure", ["values", "canonical", "filters", "pgoutput", "policy.expression", "policy.predicate", "wire"]),
-    ("adapters", ["auth", "database", "policy", "sources", "broker"]),
+    ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
     ("core", ["ingest", "hub"]),
     ("edges", ["transports", "rest"]),
     ("whole", ["bridge", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
