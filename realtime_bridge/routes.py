@@ -3,6 +3,7 @@
 Layer: whole. May import: everything above.
 """
 
+import base64
 import secrets
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,10 @@ from fastapi.security.utils import get_authorization_scheme_param
 from starlette.websockets import WebSocket
 
 from realtime_bridge.auth import require_claims
-from realtime_bridge.errors import NotFoundError, UnauthorizedError
+from realtime_bridge.errors import NotFoundError
 from realtime_bridge.metrics import CONTENT_TYPE
 from realtime_bridge.rest.posts import posts_router
-from realtime_bridge.rest.problems import ProblemRoute
+from realtime_bridge.rest.problems import ProblemRoute, problem
 
 if TYPE_CHECKING:
     from realtime_bridge.bridge import Bridge
@@ -53,12 +54,7 @@ def make_router(bridge: "Bridge") -> APIRouter:
     async def metrics() -> Response:
         return Response(bridge.metrics.page(), media_type=CONTENT_TYPE)
 
-    @router.get("/")
-    async def page(request: Request) -> Response:
-        _require_admin(bridge, request)
-        html = resources.files("realtime_bridge").joinpath("static/index.html").read_bytes()
-        return Response(html, media_type="text/html")
-
+    _add_pages(router, bridge)
     if bridge.settings.database_url is not None:
         router.include_router(
             posts_router(lambda: bridge.database, require_claims(bridge.verifier), lambda: bridge.running.hub.position)
@@ -66,11 +62,39 @@ def make_router(bridge: "Bridge") -> APIRouter:
     return router
 
 
-def _require_admin(bridge: "Bridge", request: Request) -> None:
-    """The page is the operator's: HTTP Basic with the admin token as password, or the token as bearer."""
+def _add_pages(router: APIRouter, bridge: "Bridge") -> None:
+    @router.get("/")
+    async def page(request: Request) -> Response:
+        if not _is_admin(bridge, request):
+            return problem(401, "the admin token is needed", {"WWW-Authenticate": 'Basic realm="realtime_bridge"'})
+        return Response(_static("index.html"), media_type="text/html")
+
+    @router.get("/client.js")
+    async def client() -> Response:
+        return Response(_static("client.js"), media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+
+    @router.get("/client.d.ts")
+    async def client_types() -> Response:
+        return Response(_static("client.d.ts"), media_type="text/plain")
+
+
+def _static(name: str) -> bytes:
+    return resources.files("realtime_bridge").joinpath("static", name).read_bytes()
+
+
+def _is_admin(bridge: "Bridge", request: Request) -> bool:
+    """Whether the admin token came as password of HTTP Basic, which a browser asks for, or as bearer."""
     wanted = bridge.settings.admin_token
     if wanted is None:
         raise NotFoundError("the page is off: set BRIDGE_ADMIN_TOKEN to have it")
     scheme, value = get_authorization_scheme_param(request.headers.get("authorization"))
-    if scheme.lower() != "bearer" or not secrets.compare_digest(value.encode(), wanted.get_secret_value().encode()):
-        raise UnauthorizedError("the admin token is needed")
+    if scheme.lower() == "basic":
+        value = _password(value)
+    return secrets.compare_digest(value.encode(), wanted.get_secret_value().encode())
+
+
+def _password(basic: str) -> str:
+    try:
+        return base64.b64decode(basic, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""

@@ -60,6 +60,7 @@ def server_config(settings: Settings, *, host: str, port: int, workers: int = 1)
         access_log=False,
         server_header=False,
         backlog=4096,
+        timeout_keep_alive=75,  # longer than what stands in front keeps a connection to use it again
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
 
