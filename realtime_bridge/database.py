@@ -33,16 +33,16 @@ _FOREIGN_PARAMETERS: Final = frozenset({"pgbouncer", "connection_limit", "pool_t
 """Parameters that Prisma and Vercel put into addresses; Postgres would be sent them as settings and refuse."""
 
 _BEGIN: Final = """
-select set_config('search_path', $1, true),
-       set_config('statement_timeout', $2, true),
-       set_config('row_security', 'on', true),
-       set_config('TimeZone', 'UTC', true),
-       set_config('request.jwt.claims', $3, true),
-       set_config('request.jwt.claim', $3, true),
-       set_config('request.jwt.claim.sub', $4, true),
-       set_config('request.jwt.claim.role', $5, true),
-       set_config('request.jwt.claim.email', $6, true),
-       set_config('role', $7, true)
+select pg_catalog.set_config('search_path', $1, true),
+       pg_catalog.set_config('statement_timeout', $2, true),
+       pg_catalog.set_config('row_security', 'on', true),
+       pg_catalog.set_config('TimeZone', 'UTC', true),
+       pg_catalog.set_config('request.jwt.claims', $3, true),
+       pg_catalog.set_config('request.jwt.claim', $3, true),
+       pg_catalog.set_config('request.jwt.claim.sub', $4, true),
+       pg_catalog.set_config('request.jwt.claim.role', $5, true),
+       pg_catalog.set_config('request.jwt.claim.email', $6, true),
+       pg_catalog.set_config('role', $7, true)
 """
 _OWN_SEARCH_PATH: Final = "pg_catalog, pg_temp"
 _CALLER_SEARCH_PATH: Final = "public, extensions, pg_temp"
@@ -282,7 +282,7 @@ async def _is_pooled(dsn: str) -> bool:
         )
         try:
             async with connection.transaction():
-                backend = await connection.fetchval("select pg_backend_pid()")
+                backend = await connection.fetchval("select pg_catalog.pg_backend_pid()")
             if backend != connection.get_server_pid():
                 return True
         finally:

@@ -13,10 +13,14 @@ import orjson
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _SECRET: Final = re.compile(
     r"(?i)\b(token|ticket|apikey|api_key|password|key)=[^&\s\"']+"  # in a query
-    r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*"  # a JWT
+    r"|eyJ[\w-]{8,}(?:\.[\w-]*){0,2}"  # a JWT, or what was left of one
     r"|sb_(?:secret|publishable)_\w+"
     r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # user and password in an address
 )
+
+
+_CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+"""What a client's text could move a terminal with, or begin a line of its own."""
 
 
 def redact(text: str) -> str:
@@ -34,7 +38,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname:<7} {record.name}: {record.getMessage()}"
         parts = [head, *(f"{name}={value}" for name, value in _extra(record).items())]
-        text = " ".join(parts)
+        text = " ".join(parts).translate(_CONTROLS)
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return redact(text)

@@ -3,7 +3,7 @@
 Layer: core. May import: words, policy.base, hub.subscription.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
 from realtime_bridge.hub.subscription import Subscription
@@ -22,46 +22,43 @@ class Directory:
     """
 
     def __init__(self) -> None:
-        self._members: dict[Member, dict[str, _ByConnection]] = {}
+        self._tables: dict[str, dict[Member, _ByConnection]] = {}
         self.count = 0
 
     def add(self, subscription: Subscription) -> None:
         """Enter a subscription under its connection's member."""
-        tables = self._members.setdefault(subscription.connection.member, {})
+        connection = subscription.connection
         for table in subscription.tables:
-            connections = tables.setdefault(table, {})
-            present = connections.get(subscription.connection, ())
-            connections[subscription.connection] = (*present, subscription)
+            connections = self._tables.setdefault(table, {}).setdefault(connection.member, {})
+            connections[connection] = (*connections.get(connection, ()), subscription)
         self.count += 1
 
     def remove(self, subscription: Subscription) -> None:
         """Take a subscription out; its connection's member must be the one it was entered under."""
         connection = subscription.connection
-        tables = self._members[connection.member]
         for table in subscription.tables:
-            left = tuple(other for other in tables[table][connection] if other is not subscription)
+            members = self._tables[table]
+            connections = members[connection.member]
+            left = tuple(other for other in connections[connection] if other is not subscription)
             if left:
-                tables[table][connection] = left
+                connections[connection] = left
                 continue
-            del tables[table][connection]
-            if not tables[table]:
-                del tables[table]
-        if not tables:
-            del self._members[connection.member]
+            del connections[connection]
+            if not connections:
+                del members[connection.member]
+            if not members:
+                del self._tables[table]
         self.count -= 1
 
-    def readers(self, members: Iterable[Member], table: str) -> Iterator[tuple["Connection", tuple[Subscription, ...]]]:
+    def readers(self, members: Set[Member], table: str) -> Iterator[tuple["Connection", tuple[Subscription, ...]]]:
         """Connections of these members that read a table, each with its subscriptions."""
-        for member in tuple(members):
-            tables = self._members.get(member)
-            if tables is not None and (connections := tables.get(table)):
-                yield from tuple(connections.items())
+        present = self._tables.get(table, {})
+        for member in present.keys() & members:
+            yield from tuple(present.get(member, {}).items())
 
-    def all(self, table: str) -> list[Subscription]:
-        """Every subscription that reads a table (`*`: any)."""
-        found: dict[Subscription, None] = {}
-        for tables in self._members.values():
-            for name, connections in tables.items():
-                if table in ("*", name):
-                    found.update((s, None) for subscriptions in connections.values() for s in subscriptions)
-        return list(found)
+    def all(self, table: str) -> Iterator[Subscription]:
+        """Every subscription that reads a table (`*`: any), once for each such table."""
+        for name in tuple(self._tables) if table == "*" else (table,):
+            for connections in tuple(self._tables.get(name, {}).values()):
+                for subscriptions in tuple(connections.values()):
+                    yield from subscriptions

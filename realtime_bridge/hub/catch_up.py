@@ -25,10 +25,10 @@ from realtime_bridge.wire import native
 
 logger = logging.getLogger(__name__)
 
-SLICE: Final = 256
+SLICE: Final = 128
 """Entries examined at once for one reader."""
 READERS: Final = 4
-"""Slices read at the same time: what old positions may cost the broker."""
+"""Slices read at the same time, by hand or not: what old positions may cost the broker, and one turn of the loop."""
 _RETRY_SECONDS: Final = 0.5
 _SPREAD_MS_PER_CONNECTION: Final = 2
 _SPREAD_MS_MOST: Final = 10_000
@@ -50,6 +50,7 @@ class CatchUp:
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Queue[Subscription] = asyncio.Queue()  # each subscription at most once: by its state
         self._ahead: set[Subscription] = set()
+        self._reading = asyncio.Semaphore(READERS)
 
     def resume(self, subscription: Subscription) -> None:
         """Have a subscription read on: soon, or, if it is advanced by hand, by whoever does that."""
@@ -74,31 +75,49 @@ class CatchUp:
                 continue
             try:
                 await self.advance(subscription)
-            except Exception:  # a fault of ours costs this connection, and no other
-                logger.exception("reading on failed", extra={"connection": subscription.connection.id})
-                subscription.state = State.ENDED
-                subscription.connection.sink.close(1011, "internal error")
-            if subscription.state is State.BEHIND:
-                self._waiting.put_nowait(subscription)
+            finally:  # also when this is cancelled: whoever runs the hub again finds it waiting
+                if subscription.state is State.BEHIND:
+                    self._waiting.put_nowait(subscription)
 
     async def advance(self, subscription: Subscription, *, most: int = SLICE) -> int:
         """Read one slice and write what the reader may see of it, at most `most` messages.
 
         Returns how many messages were written. Afterwards the state says what to wait for; BEHIND means that there
-        is more to do at once. Raises nothing: a broker that does not answer is tried again by the next call.
+        is more to do at once. Raises nothing: a broker that does not answer is asked again later, and a fault of ours
+        costs this reader a resync.
         """
-        generation, member = self._standing.generation, subscription.connection.member
         try:
-            items = await self._read(subscription)
+            async with self._reading:
+                await asyncio.sleep(0)  # what comes from the window waits for nothing, and others want their turn, too
+                return await self._advance(subscription, most)
         except BrokerError:
-            await asyncio.sleep(_RETRY_SECONDS)
-            return 0
-        verdicts = await self._standing.policy.verdicts([item.entry for item in items], member)
-        async with self._standing.turn:
-            stale = generation != self._standing.generation or member is not subscription.connection.member
+            self._hold(subscription, _RETRY_SECONDS)
+        except Exception:
+            logger.exception("reading on failed", extra={"connection": subscription.connection.id})
+            self._excuse(subscription)
+        return 0
+
+    async def _advance(self, subscription: Subscription, most: int) -> int:
+        standing, connection = self._standing, subscription.connection
+        generation, reloads, member = standing.generation, standing.reloads, connection.member
+        items = await self._read(subscription)
+        verdicts = await standing.policy.verdicts([item.entry for item in items], member)
+        async with standing.turn:
+            stale = (generation, reloads) != (standing.generation, standing.reloads) or member is not connection.member
             if stale or subscription.state is not State.BEHIND:
                 return 0
+            if connection.sink.full:  # by another subscription of the connection
+                subscription.state = State.BLOCKED
+                return 0
             return self._write(subscription, items, verdicts, most)
+
+    def _excuse(self, subscription: Subscription) -> None:
+        """After a fault: what could not be read or encoded is told as a resync; if not even that can be, it ends."""
+        if subscription.owed is None:
+            subscription.owed = "history_gone"
+            return
+        subscription.state = State.ENDED
+        subscription.connection.sink.close(1011, "internal error")
 
     async def _read(self, subscription: Subscription) -> list[Prepared]:
         standing = self._standing
@@ -176,18 +195,22 @@ class CatchUp:
         now = self._loop.time()
         wait = subscription.told.get(table, -self._resync_seconds) + self._resync_seconds - now
         if wait > 0:
-            subscription.state = State.HELD
-            self._loop.call_later(wait, self._release, subscription)
+            self._hold(subscription, wait)
             return False
         subscription.told[table] = now
         for name in subscription.tables if table == "*" else (table,):
             subscription.covered[name] = self._standing.number
-        spread = min(_SPREAD_MS_MOST, _SPREAD_MS_PER_CONNECTION * self._standing.directory.count)
+        spread = min(_SPREAD_MS_MOST, _SPREAD_MS_PER_CONNECTION * len(self._standing.connections))
         position = self._standing.position(number)
         message = native.resync(table, reason, position, random.randint(0, spread), subscription.ids)
         out.append(wrap(subscription.connection.sink.encoding, message, position))
         self._standing.counters.resyncs += 1
         return True
+
+    def _hold(self, subscription: Subscription, seconds: float) -> None:
+        if subscription.state is State.BEHIND:
+            subscription.state = State.HELD
+            self._loop.call_later(seconds, self._release, subscription)
 
     def _release(self, subscription: Subscription) -> None:
         if subscription.state is State.HELD:

@@ -53,9 +53,9 @@ class Connection:
         self.sink.write([wrap(self.sink.encoding, message, position)])
 
     def number(self, end: int) -> int:
-        """The number that every subscription of it has passed, where `end` is the hub's own."""
+        """The number up to which every subscription of it was sent what it is shown, where `end` is the hub's own."""
         end = max(end, self.written)
-        return min((s.number for s in self.behind()), default=end)
+        return min((subscription.sent_to(end) for subscription in self.subscriptions.values()), default=end)
 
     def behind(self) -> Iterable[Subscription]:
         """Its subscriptions that are not at the end."""

@@ -8,19 +8,15 @@ Layer: core. May import: words, policy.base, wire, hub.*.
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from typing import Final
 
 from realtime_bridge.change import Change, Control, Entry
+from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.standing import Standing
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown, form_of, is_whole
 from realtime_bridge.hub.window import Prepared
 from realtime_bridge.policy.base import Audience, Member
 from realtime_bridge.wire.native import Form
-
-HOLD_SECONDS: Final = 0.005
-"""How long the loop may be held before others get a turn."""
-_LOOK_AT_CLOCK_EVERY: Final = 64
 
 Pending = dict[Connection, list[bytes]]
 
@@ -36,32 +32,33 @@ class FanOut:
         self._standing = standing
         self._resume = resume
         self._loop = asyncio.get_running_loop()
-        self._since = 0.0
-        self._steps = 0
 
     async def deliver(self, prepared: Sequence[Prepared]) -> None:
         """Decide and send a run of entries, in order, and move the hub's number to its end."""
         standing = self._standing
         async with standing.turn:
-            self._since = self._loop.time()
+            breath = Breath()
             for run in _runs(prepared):
                 if isinstance(run, Control):
                     await standing.policy.reload(run.table)
+                    standing.reloads += 1
                     continue
                 audiences = await standing.policy.audience([item.entry for item in run])
                 pending: Pending = {}
                 for item, audience in zip(run, audiences, strict=True):
-                    await self._collect(item, audience, pending)
-                await self._write(pending, run[-1].entry.number)
+                    await self._collect(item, audience, pending, breath)
+                await self._write(pending, run[-1].entry.number, breath)
             standing.number = prepared[-1].entry.number
             standing.counters.entries += len(prepared)
 
-    async def _collect(self, item: Prepared, audience: Audience, pending: Pending) -> None:
+    async def _collect(self, item: Prepared, audience: Audience, pending: Pending, breath: Breath) -> None:
+        await breath.take()
         body = item.entry.body
         if isinstance(body, Control):
             if body.kind == "resync":
                 for subscription in self._standing.directory.all(body.table):
                     self._fall_behind(subscription, item.entry.number - 1)
+                    await breath.take()
             return
         for members, old, new in _groups(body, audience):
             plain = form_of(body, old, new)
@@ -71,7 +68,7 @@ class FanOut:
                     pending.setdefault(connection, []).append(message)
                 else:
                     self._each(item, body, subscriptions, (old, new), pending)
-                await self._breathe()
+                await breath.take()
 
     def _each(
         self,
@@ -109,7 +106,7 @@ class FanOut:
             self._standing.depart(subscription, number, State.BEHIND)
             self._resume(subscription)
 
-    async def _write(self, pending: Pending, number: int) -> None:
+    async def _write(self, pending: Pending, number: int, breath: Breath) -> None:
         counters = self._standing.counters
         now = self._loop.time()
         for connection, messages in pending.items():
@@ -119,19 +116,13 @@ class FanOut:
             counters.delivered += len(messages)
             if connection.sink.full:
                 self._block(connection, number)
-            await self._breathe()
+            await breath.take()
 
     def _block(self, connection: Connection, number: int) -> None:
         for subscription in connection.subscriptions.values():
             if subscription.state is State.AT_END:
                 self._standing.depart(subscription, number, State.BLOCKED)
                 self._standing.counters.fell_behind += 1
-
-    async def _breathe(self) -> None:
-        self._steps += 1
-        if self._steps % _LOOK_AT_CLOCK_EVERY == 0 and self._loop.time() - self._since > HOLD_SECONDS:
-            await asyncio.sleep(0)
-            self._since = self._loop.time()
 
 
 def _simple(subscription: Subscription) -> bool:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, NamedTuple
 
 from realtime_bridge.broker.base import Broker, Update
 from realtime_bridge.change import Position, ResyncReason
@@ -22,11 +22,12 @@ from realtime_bridge.errors import (
 )
 from realtime_bridge.filters import Filter
 from realtime_bridge.hub.base import Sink
+from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.catch_up import READERS, CatchUp
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import FanOut
 from realtime_bridge.hub.keepalive import Keepalive
-from realtime_bridge.hub.standing import Counters, Standing
+from realtime_bridge.hub.standing import NOWHERE, Counters, Standing
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.policy.base import Policy
 
@@ -37,12 +38,28 @@ MAX_SUBSCRIPTIONS: Final = 100
 _BACKOFF_SECONDS: Final = 0.25
 
 
+class Start(NamedTuple):
+    """Where a reader begins, as `Hub.locate` answers.
+
+    Attributes:
+        owed: the resync that it is sent before anything else, if any.
+        generation: of the numbers when it was asked; later than that `number` may mean another entry.
+    """
+
+    number: int
+    owed: ResyncReason | None
+    generation: int
+
+
 class Hub:
     """Serves connections from the history. One per process; make it on the running loop, then `run` it.
 
     Args:
         tables: every table that can be subscribed to.
         send_buffer_bytes: see `BRIDGE_SEND_BUFFER_BYTES`.
+
+    Attributes:
+        strangers: links whose clients have yet to say who they are; kept by the transports, counted like connections.
     """
 
     def __init__(
@@ -62,15 +79,17 @@ class Hub:
         self.max_connections_per_user = max_connections_per_user
         self.ping_seconds = ping_seconds
         self.draining = False
-        self.connections: set[Connection] = set()
+        self.strangers: set[object] = set()
         self._broker = broker
         self._policy = policy
         self._standing = Standing(policy)
+        self.connections = self._standing.connections
         self._catch_up = CatchUp(self._standing, broker, slice_bytes=send_buffer_bytes, resync_seconds=resync_seconds)
         self._fan_out = FanOut(self._standing, self._catch_up.resume)
         self._keepalive = Keepalive(self, ping_seconds)
         self._per_user: Counter[str] = Counter()
         self._begun = asyncio.Event()
+        self._failed = False
         self._loop = asyncio.get_running_loop()
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -97,11 +116,9 @@ class Hub:
             except BrokerError as error:
                 if self._standing.following or not self._begun.is_set():
                     logger.warning("broker lost, following again", extra={"reason": str(error)})
-            except Exception:
-                # A fault of ours: whoever is connected is told to read again rather than left with half a batch.
+            except Exception:  # a fault of ours: what comes next is where the following begins anew
                 logger.exception("following failed, readers are told to resync")
-                self._standing.window.reset(self._standing.number)
-                await self._lost(self._standing.epoch, self._standing.number)
+                self._failed = True
             self._standing.following = False
             await asyncio.sleep(_BACKOFF_SECONDS)
 
@@ -118,12 +135,15 @@ class Hub:
         else:
             await self._reconcile(update)
             await self._extend(update)
-        standing.proven_until = max(standing.proven_until, update.proven_until)
+        standing.proven_until = update.proven_until  # less than before, where a fork has cut off what was proven
 
     async def _reconcile(self, update: Update) -> None:
         """After following anew: get from where this process stood to where the update begins."""
         standing = self._standing
         begins = update.number - len(update.entries)
+        if self._failed:  # whatever it was that failed must not be met again: pass it, and tell everybody
+            await self._lost(update.epoch, begins)
+            self._failed = False
         if update.epoch == standing.epoch and begins == standing.number:
             return
         try:
@@ -170,16 +190,20 @@ class Hub:
 
     async def _lost(self, epoch: str, number: int) -> None:
         """The history is gone: everybody is told to read again."""
-        standing = self._standing
+        standing, breath = self._standing, Breath()
         logger.warning("the history is gone, readers are told to resync", extra={"epoch": epoch})
         async with standing.turn:
+            for subscription in self._subscriptions():
+                self._owe(subscription, "history_gone")
+                await breath.take()
             standing.generation += 1
             standing.epoch, standing.number = epoch, number
             standing.window.reset(number)
             for connection in self.connections:
                 connection.written = 0
             for subscription in self._subscriptions():
-                self._owe(subscription, "history_gone")
+                if subscription.owed is None:  # it has come meanwhile
+                    self._owe(subscription, "history_gone")
         self._catch_up.moved()
 
     def _subscriptions(self) -> list[Subscription]:
@@ -188,12 +212,9 @@ class Hub:
     def _owe(self, subscription: Subscription, reason: ResyncReason) -> None:
         """A subscription must resync before anything else. Only within `turn`."""
         subscription.owed = reason
-        subscription.covered.clear()
         if subscription.state is State.AT_END:
             self._standing.depart(subscription, self._standing.number, State.BEHIND)
             self._catch_up.resume(subscription)
-        else:
-            subscription.number = self._standing.number
 
     # -- where it stands -----------------------------------------------------------------------------------------------
 
@@ -217,12 +238,15 @@ class Hub:
         """The position up to which everything is decided: what a read of the database may start from."""
         return self._standing.position(self._standing.number)
 
-    def position_at(self, number: int) -> str:
-        """A number that `locate` answered, as clients know it."""
-        return self._standing.position(number)
+    def position_at(self, start: Start) -> str:
+        """What `locate` answered, as clients know it."""
+        start = self._valid(start)
+        return self._standing.position(start.number) if start.owed is None else NOWHERE
 
     def position_of(self, connection: Connection) -> str:
-        """The position that every subscription of a connection has passed."""
+        """The position up to which every subscription of a connection was sent everything."""
+        if any(subscription.owed is not None for subscription in connection.subscriptions.values()):
+            return NOWHERE
         return self._standing.position(connection.number(self._standing.number))
 
     def at_end(self, connection: Connection) -> bool:
@@ -233,23 +257,29 @@ class Hub:
         """How many subscriptions are not at the end."""
         return sum(len(c.subscriptions) for c in self.connections) - self._standing.directory.count
 
-    async def locate(self, text: str | None) -> tuple[int, ResyncReason | None]:
+    async def locate(self, text: str | None) -> Start:
         """Where a reader with a position (None: with none) begins, and the resync it is owed, if any.
 
         Raises:
             InvalidPositionError: the text cannot be a position.
             BrokerError: it is not in the window, and the broker does not answer.
         """
+        generation = self._standing.generation
         if text is None:
-            return self._standing.number, None
+            return Start(self._standing.number, None, generation)
         position = Position.parse(text)
         window = self._standing.window
         if position.epoch == self._standing.epoch and window.first - 1 <= position.number <= self._standing.number:
-            return position.number, None
+            return Start(position.number, None, generation)
         try:
-            return await self._broker.locate(position), None
+            return Start(await self._broker.locate(position), None, generation)
         except HistoryGoneError:
-            return self._standing.number, "history_gone"
+            return Start(self._standing.number, "history_gone", generation)
+
+    def _valid(self, start: Start) -> Start:
+        """The start itself, or, if its number has stopped being valid since, a resync."""
+        generation = self._standing.generation
+        return start if start.generation == generation else Start(self._standing.number, "history_gone", generation)
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
@@ -271,7 +301,7 @@ class Hub:
         """Whether one more connection would be taken; raises as `open` does."""
         if self.draining:
             raise UnavailableError("this server is being stopped")
-        if len(self.connections) >= self.max_connections:
+        if len(self.connections) + len(self.strangers) >= self.max_connections:
             raise TooManyRequestsError("this server has too many connections")
         subject = None if claims is None else claims.subject
         if subject is not None and self._per_user[subject] >= self.max_connections_per_user:
@@ -306,6 +336,8 @@ class Hub:
         if (claims.user, claims.role) != (connection.claims.user, connection.claims.role):
             raise ForbiddenError("the new token is of another user or role")
         async with self._standing.turn:
+            if connection not in self.connections:
+                return  # lost meanwhile, and its member left
             connection.claims, connection.warned = claims, False
             member = self._policy.join(claims)
             before = connection.member
@@ -327,7 +359,7 @@ class Hub:
         self,
         connection: Connection,
         tables: Collection[str],
-        start: tuple[int, ResyncReason | None],
+        start: Start,
         *,
         id_: str | None = None,
         filter_: Filter | None = None,
@@ -345,7 +377,7 @@ class Hub:
             raise BadRequestError("id: already subscribed")
         if len(connection.subscriptions) >= MAX_SUBSCRIPTIONS:
             raise TooManyRequestsError(f"at most {MAX_SUBSCRIPTIONS} subscriptions a connection")
-        number, owed = start
+        number, owed, _ = self._valid(start)
         subscription = Subscription(
             connection,
             id_,
@@ -362,13 +394,14 @@ class Hub:
             self._catch_up.resume(subscription)
         return subscription
 
-    def unsubscribe(self, connection: Connection, id_: str) -> bool:
-        """End a subscription made by message; False if there is none of this id."""
-        subscription = connection.subscriptions.pop(id_, None)
-        if subscription is None:
-            return False
-        self._end(subscription)
-        return True
+    async def unsubscribe(self, connection: Connection, id_: str) -> bool:
+        """End a subscription made by message; False if there is none of this id. Afterwards nothing is sent for it."""
+        async with self._standing.turn:
+            subscription = connection.subscriptions.pop(id_, None)
+            if subscription is None:
+                return False
+            self._end(subscription)
+            return True
 
     async def advance(self, subscription: Subscription, *, most: int) -> int:
         """One bounded step of a subscription that is advanced by hand: see `CatchUp.advance`."""

@@ -9,6 +9,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.wire import native
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from realtime_bridge.hub.hub import Hub
 
 EXPIRY_WARNING_SECONDS: Final = 60
-_SLICE: Final = 2000
 
 
 class Keepalive:
@@ -37,11 +37,11 @@ class Keepalive:
         while True:
             await asyncio.sleep(min(1.0, self._ping_seconds / 2))
             now, wall = loop.time(), time.time()
-            for i, connection in enumerate(tuple(self._hub.connections)):
+            breath = Breath()
+            for connection in tuple(self._hub.connections):
                 if connection.lasting:
                     self._look(connection, now, wall)
-                if i % _SLICE == _SLICE - 1:
-                    await asyncio.sleep(0)
+                await breath.take()
 
     def _look(self, connection: Connection, now: float, wall: float) -> None:
         expires_at = connection.claims.expires_at

@@ -5,13 +5,18 @@ Layer: core. May import: words, policy.base, hub.*.
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from realtime_bridge.hub.audience import Directory
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.hub.window import Window
 from realtime_bridge.policy.base import Policy
 
+if TYPE_CHECKING:
+    from realtime_bridge.hub.connection import Connection
+
+NOWHERE: Final = "nowhere-0"
+"""The position of a reader that is owed a resync: of no history, so that whoever comes back with it is told again."""
 WINDOW_SIZE: Final = 20_000
 WINDOW_BYTES: Final = 64 * 2**20
 
@@ -36,6 +41,7 @@ class Standing:
         epoch, number: everything up to here is decided and sent to those at the end.
         proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
+        reloads: grows when policies were read again; what was decided before is then thrown away.
         turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
         following: whether the broker is being followed now.
     """
@@ -45,8 +51,10 @@ class Standing:
     number: int = 0
     proven_until: float = 0.0
     generation: int = 0
+    reloads: int = 0
     following: bool = False
     window: Window = field(default_factory=lambda: Window(size=WINDOW_SIZE, max_bytes=WINDOW_BYTES))
+    connections: set["Connection"] = field(default_factory=set)
     directory: Directory = field(default_factory=Directory)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     counters: Counters = field(default_factory=Counters)

@@ -37,7 +37,7 @@ class State(Enum):
     BLOCKED = auto()
     """It waits for room in its sink."""
     HELD = auto()
-    """It owes its reader a resync that it may not send yet."""
+    """It waits for a time: until a resync may be sent, or until the broker is asked again."""
     AHEAD = auto()
     """Its position is one that this process has not reached yet."""
     ENDED = auto()
@@ -53,7 +53,7 @@ class Subscription:
         events: operations delivered, by the delivered type; None for all.
         columns: columns shown beside the key; None for all.
         by_hand: whether its transport advances it (a long poll); called when there is something to read.
-        owed: a resync of all its tables that must be sent before anything else.
+        owed: a resync of all its tables that must be sent before anything else; `number` means nothing meanwhile.
         covered: table → number up to which a resync that was sent stands for everything.
         told: table → time of its newest resync.
     """
@@ -76,6 +76,16 @@ class Subscription:
     def ids(self) -> tuple[str, ...]:
         """The `subscriptions` of a message for this one alone."""
         return () if self.id is None else (self.id,)
+
+    def sent_to(self, end: int) -> int:
+        """The number up to which it was sent everything, where `end` is that of those at the end.
+
+        A fan-out makes it fall behind at a number whose messages may still wait to be written: what counts then is the
+        end. Only one that is ahead has been sent, elsewhere, what lies beyond.
+        """
+        if self.state is State.AT_END:
+            return end
+        return self.number if self.state is State.AHEAD else min(self.number, end)
 
     @property
     def plain(self) -> bool:
@@ -121,7 +131,7 @@ def form_of(change: Change, old: bool | None, new: bool | None) -> Form | Unknow
         return {True: Form.INSERT, False: None, None: UNKNOWN}[new]
     if change.operation == "DELETE":
         return {True: Form.DELETE, False: None, None: UNKNOWN}[old]
-    if new is None:
+    if new is None or (new and not old and not is_whole(change.new)):  # a row that enters must be whole
         return UNKNOWN
     if not new:
         return {True: Form.LEAVE, False: None, None: UNKNOWN}[old]

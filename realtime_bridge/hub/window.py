@@ -6,12 +6,18 @@ Layer: core. May import: words, wire, hub.base.
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
+from typing import Final
+
+import orjson
 
 from realtime_bridge.change import Change, Entry
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.wire.frames import text_frame
 from realtime_bridge.wire.native import Form, change_message
 from realtime_bridge.wire.sse import wrap_event
+
+MESSAGES_KEPT: Final = 16
+"""Per entry: three forms in three encodings, and some sets of columns. What is asked for beyond is made each time."""
 
 
 def wrap(encoding: Encoding, message: bytes, position: str) -> bytes:
@@ -24,7 +30,7 @@ def wrap(encoding: Encoding, message: bytes, position: str) -> bytes:
 
 
 class Prepared:
-    """An entry with every message that was made of it."""
+    """An entry with the messages that were made of it: the first `MESSAGES_KEPT`, since clients choose columns."""
 
     __slots__ = ("_messages", "entry")
 
@@ -40,15 +46,24 @@ class Prepared:
         columns: tuple[str, ...] | None = None,
         ids: tuple[str, ...] = (),
     ) -> bytes:
-        """The change as a message, made on first use."""
-        key = (form, encoding, columns, ids, epoch)
+        """The change as a message. Made once, save what differs from client to client: the ids are only put in."""
+        position = f"{epoch}-{self.entry.number}"
+        if ids:
+            json = self.message(epoch, form, Encoding.JSON, columns)
+            return wrap(encoding, with_ids(json, ids), position)
+        key = (form, encoding, columns, epoch)
         message = self._messages.get(key)
         if message is None:
             assert isinstance(self.entry.body, Change)
-            position = f"{epoch}-{self.entry.number}"
-            json = change_message(self.entry.body, form, position, columns=columns, ids=ids)
-            message = self._messages[key] = wrap(encoding, json, position)
+            message = wrap(encoding, change_message(self.entry.body, form, position, columns=columns), position)
+            if len(self._messages) < MESSAGES_KEPT:
+                self._messages[key] = message
         return message
+
+
+def with_ids(message: bytes, ids: Sequence[str]) -> bytes:
+    """A data message with the subscriptions it is for, as `change_message` writes them."""
+    return b'%b,"subscriptions":%b}' % (message[:-1], orjson.dumps(list(ids)))
 
 
 class Window:

@@ -1,15 +1,18 @@
 """What the database says about tables: columns and their types, policies, grants.
 
-All of it is read in one transaction, with an empty search path so that every name outside `pg_catalog` carries its
-schema. Nothing is left behind on the connection, so it works behind a transaction pooler.
+All of it is read in one transaction, with a search path on which every name outside `pg_catalog` carries its schema
+(`pg_temp` is named last, since it would come first if it were left out). Nothing is left behind on the connection, so
+it works behind a transaction pooler.
 
 Layer: adapters. May import: errors, policy.compiler.
 Sources: get_row_security_policies (rowsecurity.c) and check_enable_rls (rls.c): which policies count for whom;
-https://www.postgresql.org/docs/current/catalogs.html. Works on Postgres 15 to 18.
+https://www.postgresql.org/docs/current/catalogs.html; github:supabase/auth, the migrations that make and change the
+auth functions. Works on Postgres 15 to 18.
 """
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -53,6 +56,8 @@ class CatalogTable:
         policies: for SELECT, in order of name.
         granted: roles with USAGE on the schema and SELECT on the whole table.
         exempt: roles that no policy binds: superusers, BYPASSRLS, and owners of the table unless RLS is forced.
+        readers: of `uid`, `role`, `email` and `jwt`, those whose function in the schema `auth` reads the claims as
+            Supabase's does. What another body says of a user is not known here.
     """
 
     name: str
@@ -61,6 +66,7 @@ class CatalogTable:
     policies: tuple[CatalogPolicy, ...]
     granted: frozenset[str]
     exempt: frozenset[str]
+    readers: frozenset[str]
 
     @cached_property
     def digest(self) -> str:
@@ -70,7 +76,8 @@ class CatalogTable:
             for name, c in self.columns.items()
         ]
         policies = [(p.name, p.permissive, p.expression, sorted(p.roles)) for p in self.policies]
-        content = (self.name, columns, self.row_security, policies, sorted(self.granted), sorted(self.exempt))
+        roles = (sorted(self.granted), sorted(self.exempt), sorted(self.readers))
+        content = (self.name, columns, self.row_security, policies, roles)
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
 
@@ -108,6 +115,8 @@ async def _read(connection: Connection, tables: Sequence[str], roles: list[str])
     oids = [row["oid"] for row in found]
     columns = _by_table(await connection.fetch(_COLUMNS, oids))
     policies = _by_table(await connection.fetch(_POLICIES, oids, roles))
+    bodies = await connection.fetch(_READERS)
+    readers = frozenset(row["name"] for row in bodies if reads_claims(row["name"], row["body"]))
     return {
         row["name"]: CatalogTable(
             name=row["name"],
@@ -116,9 +125,35 @@ async def _read(connection: Connection, tables: Sequence[str], roles: list[str])
             policies=tuple(_policy(policy) for policy in policies.get(row["oid"], ())),
             granted=frozenset(row["granted"]),
             exempt=frozenset(row["exempt"]),
+            readers=readers,
         )
         for row in found
     }
+
+
+def reads_claims(name: str, body: str) -> bool:
+    """Whether a function of the schema `auth` says what `policy.facts` does, in one of the forms Supabase has had."""
+    return _READER[name].fullmatch(re.sub(r"[\s();]+", "", body).lower()) is not None
+
+
+def _setting(name: str) -> str:
+    setting = f"current_setting'{re.escape(name)}',true"
+    return f"(?:nullif{setting},''|{setting})"
+
+
+def _claim(name: str, type_name: str) -> re.Pattern[str]:
+    own, of_all = _setting(f"request.jwt.claim.{name}"), f"{_CLAIMS}::jsonb?->>'{name}'"
+    return re.compile(f"select(?:{own}|{of_all}|coalesce{own},{of_all})(?:::{type_name})?")
+
+
+_CLAIMS: Final = _setting("request.jwt.claims")
+_READER: Final = {
+    "uid": _claim("sub", "uuid"),
+    "role": _claim("role", "text"),
+    "email": _claim("email", "text"),
+    "jwt": re.compile(f"select(?:coalesce{_setting('request.jwt.claim')},)?{_CLAIMS}::jsonb"),
+}
+"""Bodies without white space and parentheses."""
 
 
 def _by_table(rows: Sequence[asyncpg.Record]) -> dict[int, list[Any]]:
@@ -138,7 +173,7 @@ def _policy(row: Mapping[str, Any]) -> CatalogPolicy:
 
 
 _PREPARE: Final = """
-select pg_catalog.set_config('search_path', '', true),
+select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
        pg_catalog.set_config('standard_conforming_strings', 'on', true)
 """
 
@@ -182,6 +217,14 @@ join pg_namespace n on n.oid = t.typnamespace
 left join pg_collation l on l.oid = a.attcollation
 where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
 order by a.attrelid, a.attnum
+"""
+
+_READERS: Final = """
+select p.proname::text as name, p.prosrc as body
+from pg_proc p
+join pg_namespace n on n.oid = p.pronamespace
+join pg_language l on l.oid = p.prolang
+where n.nspname = 'auth' and p.proname in ('uid', 'role', 'email', 'jwt') and p.pronargs = 0 and l.lanname = 'sql'
 """
 
 # A policy without USING (FOR ALL, WITH CHECK only) says nothing about reading. Role 0 is PUBLIC.

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from realtime_bridge.change import ABSENT, Change, Entry, Image, Relation
 from realtime_bridge.claims import Claims
-from realtime_bridge.errors import ConfigurationError
+from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
 from realtime_bridge.policy.catalog import Catalog, CatalogPolicy, CatalogTable
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
@@ -25,6 +25,9 @@ from realtime_bridge.policy.index import AudienceIndex, Seen
 from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
 
 logger = logging.getLogger(__name__)
+
+WATCH_SECONDS: Final = 1.0
+"""For how long a change of rights that nothing announces may go unnoticed."""
 
 _MAX_RELATIONS: Final = 16
 _NOBODY: Final = Audience(frozenset(), frozenset())
@@ -55,6 +58,7 @@ class _Table:
         digest: of the catalog's description that `index` was made from; None if there is none that holds.
         index: the members, sorted by what the catalog says.
         deciders: by relation version; bounded, the oldest goes first.
+        doubtful: `index` may be out of date, and whoever it serves is told so instead of being shown anything.
     """
 
     name: str
@@ -63,6 +67,7 @@ class _Table:
     refusals: Mapping[str, _Refusal] = field(default_factory=dict)
     index: AudienceIndex | None = None
     deciders: dict[str, _Decider] = field(default_factory=dict)
+    doubtful: bool = False
 
     @property
     def indexes(self) -> set[AudienceIndex]:
@@ -144,13 +149,30 @@ class PolicyEngine:
             except Exception:  # whatever it is: policies that may have changed must not decide any more
                 logger.exception("policies could not be read")
                 for known in tables:
-                    self._refuse_all(known, _Refusal(f"the policies of {known.name} cannot be read now"))
+                    self._doubt(known)
                 return
-            for known in tables:
+            self._describe_all(tables, described)
+
+    async def watch(self, *, seconds: float = WATCH_SECONDS) -> None:
+        """Read the catalog again every so many seconds, until cancelled; without one, return.
+
+        That finds what no change announces (with some sources nothing does), and what `reload` could not read. While
+        the catalog cannot be read here, what is known holds.
+        """
+        tables = list(self._tables.values())
+        is_readable = True
+        while self._catalog is not None:
+            await asyncio.sleep(seconds)
+            async with self._reading:
                 try:
-                    self._describe(known, described.get(known.name))
-                except UnsupportedExpression as error:
-                    self._refuse_all(known, _Refusal(_CANNOT_DECIDE.format(known.name), "BRIDGE_POLICIES", error.part))
+                    described = await self._catalog.read([known.name for known in tables], sorted(self._roles))
+                except BridgeError as error:
+                    if is_readable:
+                        logger.warning("policies cannot be watched", extra={"reason": error.detail})
+                    is_readable = False
+                else:
+                    is_readable = True
+                    self._describe_all(tables, described)
 
     # -- members
 
@@ -243,8 +265,8 @@ class PolicyEngine:
 
     def _decide_relation(self, table: _Table, relation: Relation) -> _Decider:
         if table.index is not None:
-            fits = table.index.fits(relation)
-            if not fits:
+            fits = not table.doubtful and table.index.fits(relation)
+            if not (fits or table.doubtful):
                 logger.warning("changes lack columns that policies need", extra={"table": table.name})
             return _Decider(table.index, fits)
         if self._catalog is not None or table.rule is None:
@@ -276,9 +298,17 @@ class PolicyEngine:
         predicates = {role: predicate for role, predicate in decided.items() if isinstance(predicate, Predicate)}
         table.index = self._index(predicates, description.columns)
         table.deciders.clear()
+        table.doubtful = False
         table.digest = description.digest
         self._kept = self._per_token_claims_read()
         _log_refusals(table.name, table.refusals)
+
+    def _describe_all(self, tables: Iterable[_Table], described: Mapping[str, CatalogTable]) -> None:
+        for table in tables:
+            try:
+                self._describe(table, described.get(table.name))
+            except UnsupportedExpression as error:
+                self._refuse_all(table, _Refusal(_CANNOT_DECIDE.format(table.name), "BRIDGE_POLICIES", error.part))
 
     def _index(self, predicates: Mapping[str, Predicate], columns: Mapping[str, ColumnType]) -> AudienceIndex:
         index = AudienceIndex(predicates, {name: column.name for name, column in columns.items()})
@@ -287,10 +317,21 @@ class PolicyEngine:
         return index
 
     def _refuse_all(self, table: _Table, refusal: _Refusal) -> None:
-        table.refusals = dict.fromkeys(sorted(self._roles), refusal)
+        refusals = dict.fromkeys(sorted(self._roles), refusal)
+        if refusals == table.refusals and table.index is None:
+            return
+        table.refusals = refusals
         table.index = table.digest = None
         table.deciders.clear()
         _log_refusals(table.name, table.refusals)
+
+    def _doubt(self, table: _Table) -> None:
+        """Show nothing of a table until it has been described again."""
+        refusal = _Refusal(f"the policies of {table.name} cannot be read now")
+        table.refusals = dict.fromkeys(sorted(self._roles), refusal)
+        table.digest = None
+        table.deciders.clear()
+        table.doubtful = True
 
     def _per_token_claims_read(self) -> frozenset[str]:
         facts: set[Fact] = set()
@@ -334,6 +375,9 @@ def _combine(policies: Iterable[CatalogPolicy], table: CatalogTable) -> Predicat
         for policy in policies:
             name = policy.name
             predicate = compile_expression(parse_expression(policy.expression or ""), table.columns)
+            for fact in predicate.facts:
+                if fact.path[0] not in table.readers:
+                    raise UnsupportedExpression(f"auth.{fact.path[0]}(), which is not Supabase's here")
             (permissive if policy.permissive else restrictive).append(predicate)
         name = ""
         return all_of([any_of(permissive), *restrictive])

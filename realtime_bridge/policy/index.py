@@ -35,7 +35,7 @@ class AudienceIndex:
 
     Args:
         predicates: role → predicate; a role that is missing sees nothing.
-        types: column → type, as the predicates were compiled for.
+        types: column → type, as the predicates were compiled for; in column order.
 
     Attributes:
         facts: what a member must know before it is added.
@@ -45,15 +45,20 @@ class AudienceIndex:
     def __init__(self, predicates: Mapping[str, Predicate], types: Mapping[str, str]) -> None:
         self._predicates = predicates
         self._columns = {column: types[column] for p in predicates.values() for column in p.columns}
+        self._order = {column: i for i, column in enumerate(types)}
         conjuncts = {conjunct: None for p in predicates.values() for conjunct in p.conjuncts}
         self._branches = {conjunct: _Branch(conjunct) for conjunct in conjuncts}
         self.facts: frozenset[Fact] = frozenset().union(*(p.facts for p in predicates.values()))
         self.members: set[Member] = set()
 
     def fits(self, relation: Relation) -> bool:
-        """Whether a relation has the columns that the predicates need, of the types they were compiled for."""
+        """Whether a relation has the columns that the predicates need, of the types they were compiled for.
+
+        In another order they are others: two that have taken each other's names since, or one that was made anew.
+        """
         types = {column.name: column.type for column in relation.columns}
-        return all(types.get(name) == type_name for name, type_name in self._columns.items())
+        order = [self._order[name] for name in types if name in self._order]
+        return order == sorted(order) and all(types.get(name) == type_ for name, type_ in self._columns.items())
 
     def add(self, member: Member) -> None:
         """Sort a member in; its facts must be there."""

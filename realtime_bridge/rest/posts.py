@@ -1,7 +1,8 @@
 """The sample REST resource, `public.posts`: every request as the caller, in one transaction, so that RLS decides.
 
 Postgres makes the JSON itself (`row_to_json` under `TimeZone = UTC`), so a row reads the same here as in a live
-message, to the last digit of its timestamps.
+message, to the last digit of its timestamps. Functions carry their schema: the caller's search path holds schemas in
+which others may be able to make one that fits better.
 
 Layer: edges. May import: claims, errors, database, rest.problems.
 """
@@ -21,17 +22,18 @@ from realtime_bridge.rest.problems import ProblemRoute
 POSITION_HEADER: Final = "Realtime-Position"
 
 _LIST: Final = """
-select id, row_to_json(posts)::text as row from public.posts where $1::bigint is null or id > $1 order by id limit $2
+select id, pg_catalog.row_to_json(posts)::text as row
+from public.posts where $1::bigint is null or id > $1 order by id limit $2
 """
-_GET: Final = "select row_to_json(posts)::text from public.posts where id = $1"
+_GET: Final = "select pg_catalog.row_to_json(posts)::text from public.posts where id = $1"
 _INSERT: Final = """
 insert into public.posts (user_id, title, body, is_public) values (auth.uid(), $1, $2, $3)
-returning row_to_json(posts)::text
+returning pg_catalog.row_to_json(posts)::text
 """
 _UPDATE: Final = """
 update public.posts
 set title = coalesce($2, title), body = coalesce($3, body), is_public = coalesce($4, is_public)
-where id = $1 returning row_to_json(posts)::text
+where id = $1 returning pg_catalog.row_to_json(posts)::text
 """
 _DELETE: Final = "delete from public.posts where id = $1 returning id"
 

@@ -92,7 +92,7 @@ class PostgresSource:
                 logger.info("replication started", extra=where)
                 assembler = Assembler(self._tables, after=start.after, transaction_rows=self._transaction_rows)
                 verify = partial(self._refuse_unpublished, primary)
-                yield PostgresStream(primary, replication, assembler, start, verify)
+                yield PostgresStream(primary, replication, assembler, start, self._tables, verify)
 
     async def _refuse_unpublished(self, primary: Primary) -> None:
         repairs = await publication_repairs(primary, self._publication, self._tables)

@@ -5,7 +5,7 @@ Sources: PostgreSQL documentation, "System Catalogs", "System Information Functi
 XLogBytePosToRecPtr in src/backend/access/transam/xlog.c.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
@@ -59,11 +59,13 @@ class Moment(NamedTuple):
         time: seconds since 1970, by the primary's clock, read before everything else.
         written: the LSN where the WAL written by then ends. A stream that has reached it has all that was committed.
         snapshot: what is visible, read last.
+        rights: differs from an earlier one if what the snapshot shows of policies, grants and roles does.
     """
 
     time: float
     written: int
     snapshot: Snapshot
+    rights: str
 
 
 class SlotState(NamedTuple):
@@ -157,6 +159,8 @@ class Primary:
             SourceError: it is a standby.
             ConfigurationError: it has no logical replication.
         """
+        # Behind a pooler the next statement may meet another connection, whose settings are not ours to change.
+        await self.connection.execute(_NARROW_SEARCH_PATH, self.connection.get_server_pid())
         row = await self.connection.fetchrow(_SERVER)
         assert row is not None
         if row["standby"]:
@@ -175,13 +179,13 @@ class Primary:
             return None
         return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
-    async def moment(self) -> Moment:
-        """Read clock, WAL and snapshot, in this order."""
+    async def moment(self, tables: Sequence[str]) -> Moment:
+        """Read clock, WAL and snapshot, in this order, and the rights on these tables."""
         if self._moment is None:  # not earlier: behind a pooler there is nothing to prepare on
             self._moment = await self.connection.prepare(_MOMENT)
-        row = await self._moment.fetchrow()
+        row = await self._moment.fetchrow(tables)
         assert row is not None
-        return Moment(row[0], end_of_record(row[1], self._block, self._segment), Snapshot.parse(row[2]))
+        return Moment(row[0], end_of_record(row[1], self._block, self._segment), Snapshot.parse(row[2]), row[3])
 
     async def flush(self, written: int) -> None:
         """Have WAL written to disk that nobody waits for: the walsender sends only what is on disk.
@@ -292,10 +296,35 @@ _SERVER: Final = """
            pg_size_bytes(current_setting('wal_segment_size')) AS segment
 """
 
+# Whoever can make functions or operators in a schema of the search path could otherwise have theirs called.
+_NARROW_SEARCH_PATH: Final = """
+    SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false)
+    WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) $1::pg_catalog.int4
+"""
+
+# A row of a catalog that was changed has another xmin or place. pg_authid can be read by superusers only.
 _MOMENT: Final = """
     SELECT extract(epoch FROM clock.now)::float8,
            (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::int8,
-           pg_current_snapshot()::text
+           pg_current_snapshot()::text,
+           (WITH named AS MATERIALIZED (
+                SELECT c.oid, c.relnamespace, c.xmin AS x, c.ctid AS t
+                FROM unnest($1::text[]) AS wanted(name)
+                JOIN pg_namespace n ON n.nspname = split_part(wanted.name, '.', 1)
+                JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(wanted.name, '.', 2)
+            )
+            SELECT sum(hashtextextended(version, 0))::text FROM (
+                SELECT concat('class ', oid, x, t) FROM named
+                UNION ALL SELECT concat('schema ', oid, xmin, ctid) FROM pg_namespace
+                          WHERE oid IN (SELECT relnamespace FROM named)
+                UNION ALL SELECT concat('policy ', oid, xmin, ctid) FROM pg_policy
+                          WHERE polrelid IN (SELECT oid FROM named)
+                UNION ALL SELECT concat('member ', roleid, member, xmin, ctid) FROM pg_auth_members
+                UNION ALL SELECT concat('function ', p.oid, p.xmin, p.ctid)
+                          FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'auth'
+                          WHERE p.proname IN ('uid', 'role', 'email', 'jwt')
+                UNION ALL SELECT concat('role ', oid, rolname, rolsuper, rolinherit, rolbypassrls) FROM pg_roles
+            ) AS version(version))
     FROM (SELECT clock_timestamp() AS now OFFSET 0) clock
 """
 

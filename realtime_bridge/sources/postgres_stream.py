@@ -10,13 +10,13 @@ Sources: PostgreSQL documentation, "Streaming Replication Protocol"; ProcArrayEn
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple, Self
 
 from realtime_bridge.change import Control
 from realtime_bridge.errors import ConfigurationError, SourceError
 from realtime_bridge.sources.base import SourceBatch
-from realtime_bridge.sources.postgres_catalog import Primary, Snapshot, translated
+from realtime_bridge.sources.postgres_catalog import Moment, Primary, translated
 from realtime_bridge.sources.replication import Data, Replication
 from realtime_bridge.sources.transactions import (
     Assembler,
@@ -70,15 +70,18 @@ class PostgresStream:
         replication: Replication,
         assembler: Assembler,
         start: Start,
+        tables: Sequence[str],
         verify: Callable[[], Awaitable[None]],
     ) -> None:
         self._primary = primary
         self._replication = replication
         self._assembler = assembler
         self._start = start
+        self._tables = tables
         self._verify = verify
         self._builder = BodyBuilder()
         self._described: dict[str, Described] = {}
+        self._rights: str | None = None
         self._outbox: deque[Placed] = deque()
         self._built = start.after
         self._given = start.after
@@ -156,10 +159,10 @@ class PostgresStream:
     async def _look(self) -> None:
         """Build what is visible by now; with nothing visible, look again later, and later still."""
         loop = asyncio.get_running_loop()
-        moment = await self._primary.moment()
+        moment = await self._primary.moment(self._tables)
         if self._proof is None:
             self._proof = _Proof(moment.time, moment.written, loop.time())
-        shown = await self._build_visible(moment.snapshot)
+        shown = await self._build_visible(moment)
         now = loop.time()
         if shown:
             self._look_pause = _FIRST_LOOK_SECONDS
@@ -171,12 +174,21 @@ class PostgresStream:
         self._look_at = now + self._look_pause
         self._look_pause = min(self._look_pause * 2, _LONGEST_LOOK_SECONDS)
 
-    async def _build_visible(self, snapshot: Snapshot) -> bool:
-        """Build the oldest transactions, as far as the snapshot shows them."""
+    async def _build_visible(self, moment: Moment) -> bool:
+        """Build the oldest transactions, as far as the snapshot shows them.
+
+        Before them goes a `catalog` control if rights have changed: pgoutput describes a table anew only before its
+        next row, so not for rows that the same transaction wrote earlier, and for some changes never (rights on a
+        schema or to a role, policies of a partitioned table).
+        """
         ready = self._assembler.ready
         shown = False
-        while ready and snapshot.shows(ready[0].xid) and len(self._outbox) < BATCH_BODIES:
+        while ready and moment.snapshot.shows(ready[0].xid) and len(self._outbox) < BATCH_BODIES:
             described = await self._describe(ready[0])
+            if moment.rights != self._rights:
+                if self._rights is not None:  # at first, every table is announced before its first row
+                    self._outbox.append(self._builder.rights_changed(ready[0]))
+                self._rights = moment.rights
             transaction = self._assembler.take()
             self._outbox.extend(self._builder.build(transaction, described))
             self._built = Place(transaction.end_lsn, 0)
@@ -242,7 +254,7 @@ class PostgresStream:
         """Once a second: acknowledge, ask how far the server has got, and see that nothing stands still unnoticed."""
         self._duties_at = now + _IDLE_SECONDS
         if self._proof is None:
-            moment = await self._primary.moment()
+            moment = await self._primary.moment(self._tables)
             self._proof = _Proof(moment.time, moment.written, now)
         elif now - self._proof.asked_at > _STALL_SECONDS:
             await self._primary.flush(self._proof.written)

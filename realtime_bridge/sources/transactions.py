@@ -284,6 +284,14 @@ class BodyBuilder:
                 bodies.append(self._control(transaction, row.ordinal - 1, name, "upstream_gap"))
         return bodies
 
+    @staticmethod
+    def rights_changed(transaction: Transaction) -> Placed:
+        """What goes before a transaction if policies, grants or roles have changed by the time it is visible."""
+        ordinal = transaction.rows[0].ordinal - 1 if transaction.rows else 0
+        where = transaction.place(ordinal)
+        body = Control("catalog", "*", commit_time=transaction.commit_time, place=where)
+        return Placed(body, Place(transaction.commit_lsn, ordinal), _CONTROL_BYTES)
+
     def _announce(self, transaction: Transaction, row: Row, table: Described) -> list[Placed]:
         name = table.relation.name
         before = self._announced.get(name)

@@ -39,7 +39,7 @@ export interface Bridge {
   readonly status: Status;
   /** What carries the messages now; null while nothing does. */
   readonly transport: TransportName | null;
-  /** The newest position this connection began at, to show. Each copy has one of its own. */
+  /** The newest position the bridge has told by itself, to show. Each copy has one of its own to go on from. */
   readonly position: string | null;
   /** The time (ISO 8601) up to which the bridge has proven that it missed nothing. */
   readonly completeUntil: string | null;

@@ -104,10 +104,7 @@ class Live extends Emitter {
 
   take(change) {
     this.#buffer?.push(change);
-    if (this.loaded) this.#apply(change);
-  }
-
-  #apply(change) {
+    if (!this.loaded) return;
     fold(this.rows, change, this.#keyOf);
     this.emit("change", { rows: this.rows, change });
   }
@@ -180,7 +177,7 @@ class Feed {
   }
 
   close() {
-    for (const live of [...this.#lives]) live.close();
+    for (const live of this.#lives) live.close();
   }
 
   leave(live) {
@@ -207,7 +204,7 @@ class Feed {
 
   take(message) {
     this.position = message.position;
-    for (const live of [...this.#lives]) {
+    for (const live of this.#lives) {
       if (message.type === "resync") live.reload(message.after_ms ?? 0);
       else live.take(message);
     }
@@ -228,7 +225,7 @@ class Feed {
       return true;
     }
     this.refused = detail;
-    for (const live of [...this.#lives]) live.emit("error", { code, detail });
+    for (const live of this.#lives) live.emit("error", { code, detail });
     this.changed();
     return false;
   }
@@ -236,6 +233,10 @@ class Feed {
 
 /** Why a link ended, or a request was refused. `code` is a close code: 4000 and the HTTP status that says the same. */
 class Loss extends Error {
+  static of(error) {
+    return error instanceof Loss ? error : new Loss(1006, String(error?.message ?? error));
+  }
+
   constructor(code, reason = "", retryMs = undefined) {
     super(reason);
     this.code = code;
@@ -266,7 +267,7 @@ class Link {
       this.token = await this.host.token();
       if (!this.closed) this._open();
     } catch (error) {
-      this.lost(error instanceof Loss ? error : new Loss(1006, String(error?.message ?? error)));
+      this.lost(Loss.of(error));
     }
   }
 
@@ -383,7 +384,7 @@ class WebSocketLink extends Link {
     if (type === "ping" || completeUntil) {
       for (const { feed, stands } of subscriptions) if (stands) feed.reached(position);
     }
-    this.host.proven(completeUntil);
+    this.host.proven(completeUntil, position);
     if (type === "pong" && subscriptions.some(({ feed }) => !feed.settled)) {
       this.#askIn(this.#againMs);
       this.#againMs = Math.min(2 * this.#againMs, 2_000);
@@ -433,7 +434,7 @@ class HttpLink extends Link {
   }
 
   #failed(feed, error) {
-    const loss = error instanceof Loss ? error : new Loss(1006, String(error?.message ?? error));
+    const loss = Loss.of(error);
     const isFeeds = feed !== null && loss.code >= 4400 && loss.code < 4500 && ![4401, 4408, 4429].includes(loss.code);
     if (!isFeeds) this.lost(loss);
     else if (feed.refuse(loss.code, loss.message)) this.follow(feed);
@@ -474,7 +475,7 @@ class HttpLink extends Link {
       if (more) feed.position = position;
       else feed.reached(position);
     }
-    this.host.proven(completeUntil);
+    this.host.proven(completeUntil, position);
     return more;
   }
 
@@ -502,7 +503,7 @@ class HttpLink extends Link {
     else if (message.type === "auth_expiring") feed === null && this.host.expiring(this);
     else if (message.type === "ping") {
       feed?.reached(message.position);
-      this.host.proven(message.complete_until);
+      this.host.proven(message.complete_until, message.position);
     } else feed?.take(message);
   }
 
@@ -666,7 +667,7 @@ class Bridge extends Emitter {
       WebSocket: this.#WebSocket,
       token: () => this.#freshToken(),
       ready: (it, message) => this.#ready(it, message),
-      proven: (completeUntil) => this.#proven(completeUntil),
+      proven: (completeUntil, position) => this.#proven(completeUntil, position),
       expiring: (it) => this.#renew(it),
       error: (error) => this.emit("error", error),
       lost: (it, loss) => this.#lost(it, loss),
@@ -692,8 +693,7 @@ class Bridge extends Emitter {
     // A better transport that has worked here before was only out of reach for a moment.
     this.#upgradeAt = link.readyAt + (this.#bestIndex < this.#index ? TICK_MS : UPGRADE_MS);
     this.#pingMs = 1000 * (message.ping_seconds ?? POLL_SECONDS);
-    this.position = message.position;
-    this.#proven(message.complete_until);
+    this.#proven(message.complete_until, message.position);
     for (const feed of this.#feeds.values()) link.follow(feed);
     this.#refresh();
   }
@@ -777,7 +777,8 @@ class Bridge extends Emitter {
 
   // -- time ----------------------------------------------------------------------------------------------------------
 
-  #proven(completeUntil) {
+  #proven(completeUntil, position) {
+    this.position = position;
     if (!completeUntil || Date.parse(completeUntil) <= Date.parse(this.completeUntil ?? 0)) return;
     this.completeUntil = completeUntil;
     this.#provenAt = Date.now();
@@ -785,12 +786,12 @@ class Bridge extends Emitter {
   }
 
   #tick() {
-    const now = Date.now(), silentMs = this.#pingMs + 10_000;
-    const slept = now - this.#tickedAt > 3 * TICK_MS;
+    const now = Date.now();
+    const slept = now - this.#tickedAt > 3 * TICK_MS; // or the browser saves on the timers of a hidden page
     this.#tickedAt = now;
-    if (slept) this.#wake();
-    else if (this.transport && now - this.#link.heardAt > silentMs) this.#link.probe();
-    else if (this.transport && now - this.#provenAt > this.#pingMs) this.#link.enquire();
+    if (!this.transport) slept && this.#wake();
+    else if (now - this.#link.heardAt > this.#pingMs + (slept ? 0 : 10_000)) this.#link.probe();
+    else if (now - this.#provenAt > this.#pingMs) this.#link.enquire();
     if (this.transport && this.#index > 0 && !this.#candidate && now >= this.#upgradeAt) {
       this.#candidate = this.#open(this.#upgrades++ % this.#index);
     }
@@ -808,12 +809,12 @@ class Bridge extends Emitter {
   }
 
   #listen() {
-    const { signal } = this.#unlisten;
-    for (const name of ["online", "offline", "pageshow"]) {
-      globalThis.addEventListener?.(name, () => this.#wake(), { signal });
-    }
-    const isVisible = () => document.visibilityState === "visible";
-    globalThis.document?.addEventListener("visibilitychange", () => isVisible() && this.#wake(), { signal });
+    const listen = (target, names, act) => {
+      for (const name of names) target?.addEventListener?.(name, act, { signal: this.#unlisten.signal });
+    };
+    listen(globalThis, ["online", "pageshow"], () => this.#wake());
+    listen(globalThis, ["offline"], () => this.transport && this.#link.probe());
+    listen(globalThis.document, ["visibilitychange"], () => document.visibilityState === "visible" && this.#wake());
   }
 
   #refresh() {

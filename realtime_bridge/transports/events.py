@@ -156,7 +156,7 @@ class EventsEndpoint:
                     await _first(news, self.draining, gone, timeout=left)
                     news.clear()
                     more = await self._read(subscription, collector, limit)
-            return self._answer(collector, self.hub.position_of(connection), more)
+            return self._answer(collector, connection, more)
         finally:
             self.hub.close(connection)
 
@@ -169,11 +169,11 @@ class EventsEndpoint:
             await self.hub.advance(subscription, most=left)
         return subscription.state is State.BEHIND
 
-    def _answer(self, collector: Collector, position: str, more: bool) -> Response:
-        complete_until = None if more else optional_timestamp(self.hub.complete_until)
+    def _answer(self, collector: Collector, connection: Connection, more: bool) -> Response:
+        complete_until = optional_timestamp(self.hub.complete_until) if self.hub.at_end(connection) else None
         body = b'{"messages":[%b],"position":"%b","more":%b,"complete_until":%b}' % (
             b",".join(collector.messages),
-            position.encode(),
+            self.hub.position_of(connection).encode(),
             b"true" if more else b"false",
             b"null" if complete_until is None else f'"{complete_until}"'.encode(),
         )

@@ -3,16 +3,12 @@
 Layer: edges. May import: hub, transports.requests, wire.
 """
 
-from realtime_bridge.change import ResyncReason
 from realtime_bridge.claims import Claims
 from realtime_bridge.hub.base import Sink
 from realtime_bridge.hub.connection import Connection
-from realtime_bridge.hub.hub import Hub
+from realtime_bridge.hub.hub import Hub, Start
 from realtime_bridge.transports.requests import Interest
 from realtime_bridge.wire import native
-
-Start = tuple[int, ResyncReason | None]
-"""Where reading begins, as `Hub.locate` answers."""
 
 
 def begin(hub: Hub, sink: Sink, claims: Claims, interest: Interest, start: Start) -> Connection:
@@ -25,7 +21,7 @@ def begin(hub: Hub, sink: Sink, claims: Claims, interest: Interest, start: Start
     connection = hub.open(sink, claims)
     refusals = {table: hub.refusal(table, claims) for table in interest.tables}
     tables = [table for table, refusal in refusals.items() if refusal is None]
-    position = hub.position_at(start[0])
+    position = hub.position_at(start)
     connection.send(
         native.ready(
             connection_id=connection.id,

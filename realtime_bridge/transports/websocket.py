@@ -21,8 +21,8 @@ from realtime_bridge.errors import BadRequestError, BridgeError, ForbiddenError,
 from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub.base import Sink
 from realtime_bridge.hub.connection import Connection
-from realtime_bridge.hub.hub import Hub
-from realtime_bridge.transports.opening import Start, begin
+from realtime_bridge.hub.hub import Hub, Start
+from realtime_bridge.transports.opening import begin
 from realtime_bridge.transports.requests import Interest, parse_events, parse_table, token_of
 from realtime_bridge.transports.sockets import refuse_socket, serve_socket
 from realtime_bridge.wire import native
@@ -112,6 +112,7 @@ class NativeSocket:
         self._said_at = loop.time()
         self._timer: asyncio.TimerHandle | None = None
         if claims is None:
+            endpoint.hub.strangers.add(self)
             self._timer = loop.call_later(AUTH_SECONDS, sink.close, 4408, "no auth message in 10 s")
         else:
             loop.call_soon(self._open, claims)
@@ -142,6 +143,7 @@ class NativeSocket:
     def lost(self) -> None:
         """Forget the connection."""
         self._gone = True
+        self._endpoint.hub.strangers.discard(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -170,6 +172,9 @@ class NativeSocket:
                 await self._handle(self._inbox.popleft())
         except BridgeError as error:
             self._refuse(error)
+        except Exception:  # a fault of ours: better the client comes back than waits for an answer
+            logger.exception("answering a client failed")
+            self._sink.close(1011, "internal error")
         finally:
             self._inbox = None
 
@@ -186,7 +191,7 @@ class NativeSocket:
         elif kind == "subscribe":
             await self._subscribe(self._connection, message)
         elif kind == "unsubscribe":
-            self._unsubscribe(self._connection, message)
+            await self._unsubscribe(self._connection, message)
         elif kind == "ping":
             self._pong(self._connection)
         else:
@@ -207,6 +212,7 @@ class NativeSocket:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._endpoint.hub.strangers.discard(self)
         assert self._interest is not None, "a connection is opened once"
         interest, self._interest = self._interest, None
         try:
@@ -239,11 +245,11 @@ class NativeSocket:
             shown_id = id_ if isinstance(id_, str) else None
             connection.send(native.error(error.close_code, error.detail, shown_id))
         else:
-            connection.send(native.subscribed(id_, table, hub.position_at(start[0])))
+            connection.send(native.subscribed(id_, table, hub.position_at(start)))
 
-    def _unsubscribe(self, connection: Connection, message: dict[str, Any]) -> None:
+    async def _unsubscribe(self, connection: Connection, message: dict[str, Any]) -> None:
         id_ = message.get("id")
-        if not isinstance(id_, str) or not self._endpoint.hub.unsubscribe(connection, id_):
+        if not isinstance(id_, str) or not await self._endpoint.hub.unsubscribe(connection, id_):
             connection.send(native.error(4400, "id: no such subscription", id_ if isinstance(id_, str) else None))
         else:
             connection.send(native.unsubscribed(id_))

@@ -8,6 +8,7 @@ roles ignored; the bounds of AND and OR exchanged; NULL equal to NULL; policies 
 case (a number's text, which conjunct makes another superfluous) is found by the unit tests.
 """
 
+import asyncio
 import json
 import random
 import uuid
@@ -27,6 +28,7 @@ from realtime_bridge.database import Database
 from realtime_bridge.errors import ConfigurationError, DatabaseError
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
+from tests.services import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -428,17 +430,55 @@ async def test_a_rule_that_stops_compiling_denies(database: str, notes: "psycopg
         assert "cannot be decided" in (engine.refusal("public.notes", claims_of(ANN)) or "")
 
 
-async def test_a_reload_that_fails_denies_until_one_succeeds(database: str, notes: "psycopg.Connection[Any]") -> None:
-    notes.execute("create policy p on notes using (a)")
+async def test_a_reload_that_fails_leaves_its_readers_in_doubt_until_one_succeeds(
+    database: str, notes: "psycopg.Connection[Any]"
+) -> None:
+    notes.execute("create policy p on notes to authenticated using (a)")
+    inserted = [Entry(1, "1", "0", Change("INSERT", STREAMED, None, ROW, 0))]
     async with Database(database) as asked:
         engine = await loaded(asked)
         asked_catalog, engine._catalog = engine._catalog, Catalog(Database(database).transaction)  # is not entered
         await engine.reload("public.notes")
-        assert await viewers(engine) == set()
+        (audience,) = await engine.audience(inserted)
+        assert not audience.new
+        assert {member.claims.user for member in audience.unknown} == {ANN, BOB}  # nobody whom no policy let in
         assert engine.refusal("public.notes", claims_of(ANN)) == "the policies of public.notes cannot be read now"
         engine._catalog = asked_catalog
         await engine.reload("public.notes")
-        assert await viewers(engine) == {ANN, BOB, "(anon)"}
+        assert await viewers(engine) == {ANN, BOB}
+
+
+async def test_what_no_change_announces_is_noticed_by_watching(database: str, notes: "psycopg.Connection[Any]") -> None:
+    notes.execute("create policy p on notes using (a)")
+
+    async def nobody_sees() -> bool:
+        return not await viewers(engine)
+
+    async def somebody_sees() -> bool:
+        return bool(await viewers(engine))
+
+    async with Database(database) as asked:
+        engine = await loaded(asked)
+        assert await somebody_sees()
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(engine.watch(seconds=0.01))
+            notes.execute("revoke usage on schema public from public, anon, authenticated, service_role")
+            await eventually(nobody_sees)
+            notes.execute("grant usage on schema public to authenticated")
+            await eventually(somebody_sees)
+            watching.cancel()
+
+
+async def test_rows_from_before_columns_swapped_their_names_are_not_decided(
+    database: str, notes: "psycopg.Connection[Any]"
+) -> None:
+    notes.execute("create policy p on notes using (a)")
+    async with Database(database) as asked:
+        engine = await loaded(asked)
+        swapped = Relation("public", "notes", tuple(reversed(STREAMED.columns)), STREAMED.key, STREAMED.full)
+        (audience,) = await engine.audience([Entry(1, "1", "0", Change("INSERT", swapped, None, ROW[::-1], 0))])
+        assert not audience.new
+        assert audience.unknown
 
 
 async def test_claims_that_were_not_told_apart_are_unknown_to_a_policy_that_reads_them_later(

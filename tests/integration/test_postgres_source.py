@@ -131,7 +131,38 @@ async def test_a_changed_policy_is_announced_before_the_next_row(db: Database) -
         await db.run("CREATE POLICY more ON posts FOR SELECT TO anon USING (is_public)")
         await db.post("after")
         found = bodies(await batches(stream, lambda found: changes(found)))
-    assert [getattr(body, "kind", "change") for body in found] == ["catalog", "change"]
+    # Once for whatever the transaction wrote before its first description, and once by that description.
+    assert [getattr(body, "kind", "change") for body in found] == ["catalog", "catalog", "change"]
+
+
+async def test_rows_before_a_policy_change_in_one_transaction_come_behind_its_announcement(db: Database) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.post("before")
+        await read(stream, 1)
+        insert = "INSERT INTO posts (user_id, title) VALUES (gen_random_uuid(), 'secret')"
+        await db.run(f"BEGIN; {insert}; CREATE POLICY less ON posts AS RESTRICTIVE USING (false); COMMIT")
+        found = bodies(await batches(stream, lambda found: changes(found)))
+    assert isinstance(found[0], Control)
+    assert (found[0].kind, found[0].table) == ("catalog", "*")
+
+
+@pytest.mark.parametrize(
+    "statement", ["REVOKE USAGE ON SCHEMA public FROM anon", "CREATE ROLE {0}; GRANT anon TO {0}; DROP ROLE {0}"]
+)
+async def test_rights_beyond_the_table_are_announced_before_the_next_row(
+    db: Database, statement: str, namespace: str
+) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.post("before")
+        await read(stream, 1)
+        role = namespace.replace("-", "_")
+        for part in statement.format(role).split("; ")[:2]:
+            await db.run(part)
+        await db.post("after")
+        found = bodies(await batches(stream, lambda found: changes(found)))
+        await db.run(*statement.format(role).split("; ")[2:])
+    assert isinstance(found[0], Control)
+    assert (found[0].kind, found[0].table) == ("catalog", "*")
 
 
 async def test_a_new_column_makes_copies_doubtful(db: Database) -> None:
@@ -141,7 +172,7 @@ async def test_a_new_column_makes_copies_doubtful(db: Database) -> None:
         await db.run("ALTER TABLE posts ADD COLUMN likes int NOT NULL DEFAULT 7")
         await db.post("after")
         found = bodies(await batches(stream, lambda found: changes(found)))
-    assert [getattr(body, "reason", "change") for body in found] == [None, "schema_changed", "change"]
+    assert [getattr(body, "reason", "change") for body in found] == [None, None, "schema_changed", "change"]
     change = found[-1]
     assert isinstance(change, Change)
     assert change.new is not None

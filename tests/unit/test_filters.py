@@ -1,10 +1,12 @@
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime_bridge.change import ABSENT, Column, Image, Relation, Value
 from realtime_bridge.errors import BadRequestError
-from realtime_bridge.filters import MAX_VALUES, Condition, parse_filter
+from realtime_bridge.filters import MAX_CONDITIONS, MAX_LENGTH, MAX_VALUES, Condition, parse_filter
 
 USER = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 TYPES = {
@@ -206,3 +208,21 @@ def test_what_the_table_cannot_answer_is_refused(text: str, reason: str) -> None
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3), st.integers(0, 3))
 def test_numbers_match_whatever_their_scale(value: object, zeros: int) -> None:
     assert matches(f"price=eq.{value:f}", price=f"{value:f}" + "0" * zeros) is True
+
+
+@pytest.mark.parametrize(
+    "text", ["id=in.({0}{{)", "id=in.(a{0}b{{)", 'id=in.("{0}', 'id=in.("a"{0}{{)', "a=eq.{0}(((("]
+)
+@pytest.mark.parametrize("part", [" ", "\\", "\\ ", "a "])
+def test_no_text_takes_more_than_one_pass(text: str, part: str) -> None:
+    long = text.format(part * ((MAX_LENGTH - 20) // len(part)))
+    with suppress(BadRequestError):  # what matters is that it returns: once it took time by the cube of the length
+        parse_filter(long)
+
+
+def test_a_filter_is_bounded() -> None:
+    assert len(parse_filter(",".join(["id=eq.1"] * MAX_CONDITIONS)).conditions) == MAX_CONDITIONS
+    with pytest.raises(BadRequestError, match="at most 20 conditions"):
+        parse_filter(",".join(["id=eq.1"] * (MAX_CONDITIONS + 1)))
+    with pytest.raises(BadRequestError, match="characters"):
+        parse_filter("id=eq." + "1" * MAX_LENGTH)

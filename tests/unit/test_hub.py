@@ -1,0 +1,953 @@
+"""The hub's promises, with the real broker in memory, the real policies, and sinks that write down what they get."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import pytest
+from starlette.requests import Request
+
+from realtime_bridge.broker.base import Update
+from realtime_bridge.broker.memory import MemoryBroker, _wait, _wake
+from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry, Image, Position, Relation
+from realtime_bridge.claims import Claims
+from realtime_bridge.errors import BrokerError, TooManyRequestsError
+from realtime_bridge.filters import parse_filter
+from realtime_bridge.hub import breath
+from realtime_bridge.hub.base import Encoding
+from realtime_bridge.hub.connection import Connection
+from realtime_bridge.hub.hub import Hub
+from realtime_bridge.hub.standing import NOWHERE
+from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, form_of
+from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared, Window
+from realtime_bridge.policy.base import Verdict
+from realtime_bridge.policy.engine import PolicyEngine
+from realtime_bridge.transports.events import EventsEndpoint
+from realtime_bridge.transports.requests import Interest
+from realtime_bridge.wire.native import Form, change_message
+from tests.services import eventually
+
+Message = dict[str, Any]
+
+ANN, BOB = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "b0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+POSTS, NOTES = "public.posts", "public.notes"
+COLUMNS = {"id": "int8", "owner": "uuid", "team": "text", "mood": "text"}
+RULE = "auth.uid() = owner or team = (auth.jwt() ->> 'team')"
+
+
+def relation(table: str, *, full: bool = True) -> Relation:
+    schema, _, name = table.partition(".")
+    return Relation(schema, name, tuple(Column(*c) for c in COLUMNS.items()), (0,), full)
+
+
+RELATIONS = {table: relation(table) for table in (POSTS, NOTES)}
+
+
+def row(key: int, owner: str = ANN, team: str = "none", mood: str = "sad") -> Image:
+    return str(key), owner, team, mood
+
+
+def insert(key: int, owner: str = ANN, *, table: str = POSTS, mood: str = "sad") -> Change:
+    return Change("INSERT", RELATIONS[table], None, row(key, owner, mood=mood), 0)
+
+
+def claims(user: str = ANN, team: str = "red") -> Claims:
+    return Claims({"role": "authenticated", "sub": user, "team": team}, "authenticated", user, None)
+
+
+class Reader:
+    """A sink that writes down what it gets, and in what circumstances."""
+
+    encoding = Encoding.JSON
+
+    def __init__(self) -> None:
+        self.full = False
+        self.messages: list[Message] = []
+        self.closed: list[int] = []
+        self.on_write: Callable[[Message], None] = lambda message: None
+
+    def write(self, messages: Sequence[bytes]) -> None:
+        for message in map(orjson.loads, messages):
+            self.messages.append(message)
+            self.on_write(message)
+
+    def ping(self) -> None: ...
+
+    def close(self, code: int, reason: str = "") -> None:
+        self.closed.append(code)
+
+    def abort(self) -> None: ...
+
+    @property
+    def keys(self) -> list[int]:
+        """Keys of the rows of all data messages."""
+        return [(m.get("record") or m["old_record"])["id"] for m in self.messages if m["type"].isupper()]
+
+    @property
+    def resyncs(self) -> list[str]:
+        return [m["reason"] for m in self.messages if m["type"] == "resync"]
+
+
+class ForkingBroker(MemoryBroker):
+    """A broker in memory that can lose its newest entries as a failover does."""
+
+    def __init__(self, *, history_size: int = 1000) -> None:
+        super().__init__(history_size=history_size, history_bytes=1 << 20, history_seconds=3600)
+        self.forks: list[tuple[str, int]] = []
+        self.batch = 500
+        self.down = False
+        self.poison = 0
+
+    def fork(self, number: int) -> None:
+        self.forks.append((self._epoch, number))
+        self._epoch = f"epoch{len(self.forks)}"
+        for lost in range(number + 1, self._number + 1):
+            self._bytes -= self._held.pop(lost).entry.size
+        self._number = number
+        self._id = self._held[number].entry.id if number in self._held else ""
+        self._proven_until = 0.0
+        self._appended = _wake(self._appended)
+
+    def _common(self, epoch: str) -> int | None:
+        lowest: int | None = None
+        for parent, number in reversed(self.forks):
+            lowest = number if lowest is None else min(lowest, number)
+            if parent == epoch:
+                return lowest
+        return None
+
+    async def locate(self, position: Position) -> int:
+        common = self._common(position.epoch)
+        if common is not None:
+            position = Position(self._epoch, min(position.number, common))
+        return await super().locate(position)
+
+    async def read(self, after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
+        if self.down:
+            raise BrokerError("down")
+        return await self._read(after, limit)
+
+    async def _read(self, after: int, limit: int) -> list[Entry]:
+        entries = await super().read(after, limit=limit)
+        if any(entry.number == self.poison for entry in entries):
+            raise ValueError("written by a later version")
+        return entries
+
+    async def _updates(self, number: int) -> AsyncGenerator[Update, None]:
+        epoch = self._epoch
+        yield Update("entries", epoch, number, (), self._proven_until)
+        while True:
+            appended = self._appended
+            if epoch != self._epoch:
+                common = self._common(epoch)
+                assert common is not None
+                epoch, number = self._epoch, min(number, common)
+                yield Update("fork", epoch, number, (), self._proven_until)
+                continue
+            entries = tuple(await self._read(number, self.batch))
+            number += len(entries)
+            yield Update("entries", epoch, number, entries, self._proven_until)
+            if number == self._number:
+                await _wait(appended, 1)
+
+
+@dataclass
+class World:
+    hub: Hub
+    broker: ForkingBroker
+    policy: PolicyEngine
+    token: str
+    tasks: asyncio.TaskGroup
+    task: asyncio.Task[None]
+
+    async def restart(self) -> None:
+        """Run the hub again, as whoever runs it does after a fault."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.task = self.tasks.create_task(self.hub.run())
+
+    async def append(self, *bodies: Body) -> None:
+        await self.broker.append(self.token, bodies)
+
+    def open(self, user: str = ANN, team: str = "red") -> tuple[Connection, Reader]:
+        reader = Reader()
+        return self.hub.open(reader, claims(user, team)), reader
+
+    async def connect(
+        self, user: str = ANN, position: str | None = None, *, tables: Sequence[str] = (POSTS,), id_: str | None = None
+    ) -> tuple[Connection, Reader]:
+        connection, reader = self.open(user)
+        self.hub.subscribe(connection, tables, await self.hub.locate(position), id_=id_)
+        return connection, reader
+
+    async def settled(self) -> None:
+        """Everybody at the end, and the end where the broker's is."""
+
+        def is_settled() -> bool:
+            return self.hub.position == f"{self.broker._epoch}-{self.broker._number}" and self.hub.behind() == 0
+
+        await eventually(is_settled)
+
+    async def fanning_out(self) -> None:
+        """In the middle of a fan-out."""
+        while not self.hub._standing.turn.locked():
+            await passes(1)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Nothing is written meanwhile."""
+        async with self.hub._standing.turn:
+            yield
+
+
+@asynccontextmanager
+async def running(
+    policy: PolicyEngine | None = None,
+    *,
+    history_size: int = 1000,
+    window_size: int = 1000,
+    resync_seconds: float = 0.0,
+    max_connections: int = 100,
+) -> AsyncIterator[World]:
+    """A hub that runs. Leaving it with every connection closed must leave nothing behind."""
+    broker = ForkingBroker(history_size=history_size)
+    token = await broker.acquire_lease(ttl=600)
+    policy = policy or PolicyEngine([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})
+    hub = Hub(
+        broker,
+        policy,
+        tables=(POSTS, NOTES),
+        max_connections=max_connections,
+        max_connections_per_user=max_connections,
+        send_buffer_bytes=65_536,
+        ping_seconds=25,
+        resync_seconds=resync_seconds,
+    )
+    hub._standing.window = Window(size=window_size, max_bytes=1 << 20)
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(hub.run())
+        await hub.begun()
+        yield (world := World(hub, broker, policy, token, tasks, task))
+        for connection in tuple(hub.connections):
+            hub.close(connection)
+        assert (hub._standing.directory.count, hub._standing.directory._tables) == (0, {})
+        assert (hub._per_user, policy._members) == ({}, {})
+        world.task.cancel()
+
+
+@pytest.fixture
+def breathless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is given back wherever it may be given back."""
+    monkeypatch.setattr(breath, "HOLD_SECONDS", -1.0)
+
+
+async def passes(times: int) -> None:
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+# -- any interleaving --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Line:
+    """Something that told a reader a position, or a change, or both."""
+
+    kind: str
+    position: str
+    team: str
+    stands: int  # the hub's number when it was written
+    table: str = ""
+
+
+@dataclass
+class Record:
+    """All that one subscription was told, from its start."""
+
+    user: str
+    start: int
+    tables: Sequence[str]
+    mood: str | None = None
+    lines: list[Line] = field(default_factory=list)
+
+    @property
+    def position(self) -> str | None:
+        return self.lines[-1].position if self.lines else None
+
+    def note(self, message: Message, team: str, stands: int) -> None:
+        table = message.get("table", "")
+        table = f"{message['schema']}.{table}" if "schema" in message else table
+        self.lines.append(Line(message["type"], message["position"], team, stands, table))
+
+    def expected(self, body: Body, team: str) -> str | None:
+        """The type by which this reader is told of a body; decided anew here, without policies, filters or forms."""
+        if not isinstance(body, Change) or body.relation.name not in self.tables:
+            return None
+        old, new = self._sees(body.old, team), self._sees(body.new, team)
+        return {(False, True): "INSERT", (True, True): "UPDATE", (True, False): "DELETE", (False, False): None}[
+            old, new
+        ]
+
+    def _sees(self, image: Image | None, team: str) -> bool:
+        return image is not None and self.user_sees(image, team) and self.mood in (None, image[3])
+
+    def user_sees(self, image: Image, team: str) -> bool:
+        return image[1] == self.user or image[2] == team
+
+    def check(self, history: Sequence[Body]) -> None:
+        """No hole before any position, nothing invisible, nothing twice, nothing out of order."""
+        done: set[int] = set()
+        last: Position | None = None
+        for line in self.lines:
+            if line.kind == "resync":
+                done |= {
+                    n
+                    for n, body in enumerate(history[: line.stands], 1)
+                    if line.table == "*" or (isinstance(body, Change) and body.relation.name == line.table)
+                }
+            if line.position == NOWHERE:
+                continue
+            position = Position.parse(line.position)
+            if line.kind.isupper():
+                assert line.kind == self.expected(history[position.number - 1], line.team)
+                assert last is None or position.epoch != last.epoch or position.number > last.number
+                last = position
+                done.add(position.number)
+            for number in range(self.start + 1, position.number + 1):
+                assert number in done or self.expected(history[number - 1], line.team) is None, (number, line)
+
+
+class Client:
+    """A WebSocket's client: subscribes by its address and by messages, pings, and comes back where it was."""
+
+    ids: tuple[str | None, ...] = (None, "sad", "both")
+
+    def __init__(self, walk: "Walk", user: str, team: str) -> None:
+        self.walk, self.user = walk, user
+        self.connection, self.reader = walk.world.open(user, team)
+        self.reader.on_write = self._note
+        self.records: dict[str | None, Record] = {}
+
+    @property
+    def team(self) -> str:
+        return str(self.connection.claims.values["team"])
+
+    def _note(self, message: Message) -> None:
+        for id_ in message.get("subscriptions", [None]):
+            if id_ in self.records:
+                self.records[id_].note(message, self.team, self.walk.world.hub._standing.number)
+
+    def tell(self) -> None:
+        """A pong, which tells every subscription a position."""
+        position = self.walk.world.hub.position_of(self.connection)
+        for id_ in self.records:
+            self.records[id_].note({"type": "pong", "position": position}, self.team, 0)
+
+    async def subscribe(self, id_: str | None, position: str | None) -> None:
+        hub = self.walk.world.hub
+        start = await hub.locate(position)
+        if id_ in self.connection.subscriptions or self.connection not in hub.connections:
+            return
+        told = hub.position_at(start)
+        tables = (POSTS, NOTES) if id_ is None else (POSTS,)
+        mood = "sad" if id_ == "sad" else None
+        begins = 0 if (position or told) == NOWHERE else Position.parse(position or told).number
+        self.records[id_] = record = Record(self.user, begins, tables, mood)
+        self.walk.records.append(record)
+        record.note({"type": "subscribed", "position": told}, self.team, 0)
+        filter_ = parse_filter("mood=eq.sad") if mood else None
+        hub.subscribe(self.connection, tables, start, id_=id_, filter_=filter_)
+
+    async def unsubscribe(self, id_: str) -> str | None:
+        if not await self.walk.world.hub.unsubscribe(self.connection, id_):
+            return None
+        return self.records.pop(id_).position
+
+    def leave(self) -> dict[str | None, str | None]:
+        self.walk.world.hub.close(self.connection)
+        self.reader.on_write = lambda message: None
+        return {id_: record.position for id_, record in self.records.items()}
+
+
+class Walk:
+    """A seeded walk through what can happen to a hub."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.random = random.Random(seed)
+        self.history: list[Body] = []
+        self.rows: dict[tuple[str, int], Image] = {}
+        self.clients: list[Client] = []
+        self.records: list[Record] = []
+        self.poller: Record | None = None
+        self.polling = False
+
+    async def run(self, steps: int) -> None:
+        actions = [self.change] * 6 + [self.control, self.come, self.ping, self.ping, self.clog, self.clog, self.go]
+        actions += [self.resubscribe, self.reauthenticate, self.poll, self.poll, self.fork]
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(steps):
+                tasks.create_task(self.random.choice(actions)())
+                await passes(self.random.choice((0, 0, 1, 3, 10, 40)))
+                if self.random.random() < 0.03:
+                    await asyncio.sleep(0.01)
+        for client in self.clients:
+            client.reader.full = False
+            self.world.hub.room(client.connection)
+        await self.world.settled()
+        for client in self.clients:
+            client.tell()
+            assert all(record.position == self.world.hub.position for record in client.records.values())
+        for record in self.records:
+            record.check(self.history)
+
+    def pick(self) -> Client | None:
+        return self.random.choice(self.clients) if self.clients else None
+
+    def image(self, key: int) -> Image:
+        choice = self.random.choice
+        return row(key, choice((ANN, BOB)), choice(("red", "blue", "none")), choice(("sad", "happy")))
+
+    async def append(self, bodies: Sequence[Body]) -> None:
+        self.history += bodies
+        await self.world.append(*bodies)
+
+    async def change(self) -> None:
+        await self.append([self.a_change() for _ in range(self.random.randint(1, 6))])
+
+    def a_change(self) -> Change:
+        table, key = self.random.choice((POSTS, POSTS, NOTES)), self.random.randint(1, 8)
+        old = self.rows.get((table, key))
+        if old is not None and self.random.random() < 0.3:
+            del self.rows[table, key]
+            return Change("DELETE", RELATIONS[table], old, None, 0)
+        self.rows[table, key] = new = self.image(key)
+        return Change("INSERT" if old is None else "UPDATE", RELATIONS[table], old, new, 0)
+
+    async def control(self) -> None:
+        table = self.random.choice((POSTS, NOTES, "*"))
+        await self.append([self.random.choice((Control("resync", table, "truncated"), Control("catalog", table)))])
+
+    async def come(self) -> None:
+        if len(self.clients) < 6:
+            user, team = self.random.choice((ANN, BOB)), self.random.choice(("red", "blue"))
+            await self.join(user, team, dict.fromkeys(Client.ids))
+
+    async def join(self, user: str, team: str, positions: dict[str | None, str | None]) -> None:
+        client = Client(self, user, team)
+        self.clients.append(client)
+        for id_, position in positions.items():
+            await client.subscribe(id_, position)
+
+    async def go(self) -> None:
+        """Leave, and come back with every subscription's last position."""
+        if client := self.pick():
+            self.clients.remove(client)
+            await self.join(client.user, client.team, client.leave())
+
+    async def ping(self) -> None:
+        if client := self.pick():
+            client.tell()
+
+    async def clog(self) -> None:
+        if client := self.pick():
+            client.reader.full = not client.reader.full
+            if not client.reader.full:
+                self.world.hub.room(client.connection)
+
+    async def resubscribe(self) -> None:
+        if client := self.pick():
+            id_ = self.random.choice(("sad", "both"))
+            position = await client.unsubscribe(id_)
+            if position is not None:
+                await client.subscribe(id_, position)
+
+    async def reauthenticate(self) -> None:
+        if client := self.pick():
+            await self.world.hub.reauthenticate(
+                client.connection, claims(client.user, self.random.choice(("red", "blue")))
+            )
+
+    async def poll(self) -> None:
+        """The next poll of one reader that does nothing else."""
+        if self.poller is None:
+            self.poller = Record(BOB, self.world.hub._standing.number, (POSTS, NOTES))
+            self.poller.lines.append(Line("ready", self.world.hub.position, "red", 0))
+            self.records.append(self.poller)
+        if self.polling:
+            return
+        self.polling = True
+        answer = await poll(self.world, BOB, self.poller.position, limit=self.random.choice((1, 3, 500)))
+        for message in answer["messages"]:
+            self.poller.note(message, "red", self.world.hub._standing.number)
+        self.poller.lines.append(Line("answer", answer["position"], "red", 0))
+        self.polling = False
+
+    async def fork(self) -> None:
+        """Lose the newest entries; the source brings them again."""
+        if self.random.random() < 0.4:
+            number = self.random.randint(max(0, len(self.history) - 12), len(self.history))
+            self.world.broker.fork(max(number, self.world.broker._first - 1))
+            lost = self.history[self.world.broker._number :]
+            await self.world.append(*lost)
+
+
+async def poll(world: World, user: str, position: str | None, *, limit: int = 500, wait: float = 0.0) -> Message:
+    """A long poll, past its request's parsing."""
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    request = Request({"type": "http", "method": "GET", "headers": [], "query_string": b""}, receive)
+    endpoint = EventsEndpoint(world.hub, None, lambda *_: True, asyncio.Event(), False, 65_536)  # type: ignore[arg-type]
+    answer = await endpoint._poll(request, claims(user), Interest((POSTS, NOTES), position), wait, limit)
+    message: Message = orjson.loads(answer.body)
+    return message
+
+
+@pytest.mark.parametrize("hold_seconds", [-1.0, 0.005], ids=["breathless", "calm"])
+@pytest.mark.parametrize("seed", range(10))
+async def test_whatever_happens_no_position_passes_a_hole(
+    seed: int, hold_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breath, "HOLD_SECONDS", hold_seconds)
+    resync_seconds = 0.02 * (seed % 3)
+    async with running(history_size=120, window_size=25, resync_seconds=resync_seconds) as world:
+        world.broker.batch = 1 + seed % 5
+        await Walk(world, seed).run(250)
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_that_is_owed_a_resync_is_told_no_position_that_would_hide_it() -> None:
+    async with running(resync_seconds=600) as world:
+        connection, reader = await world.connect()
+        await world.settled()
+        await world.hub.reauthenticate(connection, claims(team="blue"))
+        await eventually(lambda: reader.resyncs == ["visibility_changed"])
+        await world.hub.reauthenticate(connection, claims(team="red"))
+        (subscription,) = connection.subscriptions.values()
+        await eventually(lambda: subscription.state is State.HELD)
+        assert world.hub.position_of(connection) == NOWHERE
+        _, back = await world.connect(position=NOWHERE)
+        await eventually(lambda: back.resyncs == ["history_gone"])
+
+
+async def test_where_a_gone_position_begins_is_told_as_nowhere_until_its_resync() -> None:
+    async with running() as world:
+        start = await world.hub.locate("gone-7")
+        assert world.hub.position_at(start) == NOWHERE
+        answer = await poll(world, ANN, "gone-7")
+        assert [m["reason"] for m in answer["messages"]] == ["history_gone"]
+        assert answer["position"] == world.hub.position
+
+
+async def test_a_subscription_ahead_of_this_process_lends_its_position_to_no_other() -> None:
+    async with running() as world:
+        connection, _ = await world.connect()
+        await world.settled()
+        epoch = world.hub.position.rpartition("-")[0]
+        ahead = world.hub.subscribe(
+            connection, (POSTS,), (await world.hub.locate(None))._replace(number=7), id_="ahead"
+        )
+        await eventually(lambda: ahead.state is State.AHEAD)
+        assert world.hub.position_of(connection) == f"{epoch}-0"
+        alone, _ = world.open()
+        start = (await world.hub.locate(None))._replace(number=7)
+        other = world.hub.subscribe(alone, (POSTS,), start)
+        await eventually(lambda: other.state is State.AHEAD)
+        assert world.hub.position_of(alone) == f"{epoch}-7"
+        await world.append(*(insert(n) for n in range(1, 10)))
+        await world.settled()
+        assert ahead.state is State.AT_END
+
+
+@pytest.mark.usefixtures("breathless")
+async def test_who_falls_behind_in_a_fan_out_keeps_its_position_until_what_is_pending_is_written() -> None:
+    async with running() as world:
+        readers = [await world.connect() for _ in range(5)]
+        await world.settled()
+        start = world.hub.position
+        told: set[str] = set()
+        resync = Control("resync", POSTS, "truncated")
+        await world.append(insert(1), insert(2), resync)
+        while not any(reader.messages for _, reader in readers):
+            told |= {world.hub.position_of(connection) for connection, _ in readers}
+            await passes(1)
+        assert told == {start}
+        await world.settled()
+        assert all(reader.keys == [1, 2] and reader.resyncs == ["truncated"] for _, reader in readers)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["cut back", "lost"])
+async def test_a_start_that_was_located_before_the_history_was_cut_is_a_resync(keeps: bool) -> None:
+    async with running() as world:
+        await world.append(*(insert(n) for n in range(1, 10)))
+        await world.settled()
+        start = await world.hub.locate(None)
+        epoch = "fork" if keeps else "other"
+        await (world.hub._fork if keeps else world.hub._lost)(epoch, 4)
+        connection, reader = world.open()
+        assert world.hub.position_at(start) == NOWHERE
+        world.hub.subscribe(connection, (POSTS,), start)
+        await eventually(lambda: reader.resyncs == ["history_gone"])
+        assert reader.messages[0]["position"] == f"{epoch}-4"
+
+
+@pytest.mark.usefixtures("breathless")
+async def test_who_comes_while_a_loss_is_told_is_told_as_well() -> None:
+    async with running() as world:
+        await world.append(*(insert(n) for n in range(1, 10)))
+        await world.settled()
+        for _ in range(20):
+            await world.connect()
+        await world.settled()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(world.hub._lost("other", 4))
+            await passes(10)
+            assert world.hub.position.endswith("-9")
+            _, reader = await world.connect()
+        await eventually(lambda: reader.resyncs == ["history_gone"])
+        assert reader.messages[0]["position"] == "other-4"
+
+
+async def test_a_resync_does_not_stand_for_what_comes_after_a_fork_under_the_same_numbers() -> None:
+    async with running() as world:
+        await world.append(*(insert(n) for n in range(1, 6)))
+        await world.settled()
+        connection, reader = await world.connect(position=NOWHERE)
+        await world.settled()
+        reader.full = True
+        await world.append(insert(6))
+        await eventually(lambda: world.hub.behind() == 1)
+        world.broker.fork(2)
+        await world.append(*(insert(n) for n in range(11, 14)))
+        await eventually(lambda: world.hub.position == "epoch1-5")
+        reader.full = False
+        world.hub.room(connection)
+        await world.settled()
+        assert (reader.resyncs, reader.keys) == (["history_gone"], [6, 11, 12, 13])
+
+
+@pytest.mark.usefixtures("breathless")
+async def test_a_pong_in_a_fan_out_does_not_fall_behind_the_change_before_it() -> None:
+    async with running() as world:
+        readers = [await world.connect() for _ in range(20)]
+        await world.settled()
+        start = world.hub.position
+        await world.append(insert(1))
+        seen = 0
+        while world.hub.position == start:
+            for connection, reader in readers:
+                if reader.messages:
+                    seen += 1
+                    assert world.hub.position_of(connection) == reader.messages[-1]["position"]
+            await passes(1)
+        assert seen
+
+
+async def test_what_is_proven_is_taken_back_where_a_fork_cut_it_off() -> None:
+    async with running() as world:
+        await world.broker.append(world.token, [insert(1), insert(2)], proven_until=1000.0)
+        await eventually(lambda: world.hub.complete_until == 1000.0)
+        world.broker.fork(1)
+        await eventually(lambda: world.hub.complete_until is None)
+
+
+async def test_a_poll_that_is_not_at_the_end_claims_no_completeness() -> None:
+    async with running(window_size=2) as world:
+        await world.broker.append(world.token, [insert(n) for n in range(1, 10)], proven_until=1000.0)
+        await world.settled()
+        epoch = world.hub.position.rpartition("-")[0]
+        world.broker.down = True
+        answer = await poll(world, ANN, f"{epoch}-1")
+        assert (answer["messages"], answer["position"], answer["complete_until"]) == ([], f"{epoch}-1", None)
+        world.broker.down = False
+        answer = await poll(world, ANN, f"{epoch}-1", wait=5)
+        assert (len(answer["messages"]), answer["complete_until"]) == (8, "1970-01-01T00:16:40.000Z")
+
+
+# -- who comes and goes ------------------------------------------------------------------------------------------------
+
+
+async def test_a_connection_lost_while_its_new_token_waits_leaves_no_member_behind() -> None:
+    async with running() as world:
+        other, quiet = await world.connect()
+        connection, _ = await world.connect()
+        await world.settled()
+        async with asyncio.TaskGroup() as tasks, world.held():
+            tasks.create_task(world.hub.reauthenticate(connection, claims(team="blue")))
+            await passes(3)
+            world.hub.close(connection)
+        assert len(world.policy._members) == 1
+        await world.append(insert(1))
+        await world.settled()
+        assert quiet.keys == [1]
+        world.hub.close(other)
+
+
+async def test_polls_of_no_table_leave_nothing_counted() -> None:
+    async with running() as world:
+        subscriptions = []
+        for _ in range(2):
+            connection, _ = world.open()
+            subscriptions.append(world.hub.subscribe(connection, (), await world.hub.locate(None)))
+        await world.settled()
+        for subscription in subscriptions:
+            world.hub.close(subscription.connection)
+        assert not world.hub._per_user
+
+
+async def test_links_without_a_name_count_as_connections() -> None:
+    async with running(max_connections=2) as world:
+        world.open()
+        world.hub.strangers.add("somebody")
+        with pytest.raises(TooManyRequestsError):
+            world.hub.admit(None)
+        world.hub.strangers.clear()
+        world.hub.admit(None)
+
+
+@pytest.mark.usefixtures("breathless")
+async def test_nothing_is_sent_for_a_subscription_after_it_has_ended() -> None:
+    async with running() as world:
+        readers = [await world.connect(id_="a") for _ in range(5)]
+        await world.settled()
+        position = world.hub.position
+        await world.append(insert(1))
+        await world.fanning_out()
+        for connection, reader in readers:
+            assert await world.hub.unsubscribe(connection, "a")
+            reader.messages.clear()
+            world.hub.subscribe(connection, (POSTS,), await world.hub.locate(position), id_="a")
+        await world.settled()
+        assert [reader.keys for _, reader in readers] == [[1]] * 5
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+class FaultyPolicy(PolicyEngine):
+    """Fails at one row, as a fault of ours would."""
+
+    poison = "13"
+
+    async def audience(self, entries: Sequence[Entry]) -> Any:
+        assert not any(isinstance(e.body, Change) and e.body.new and e.body.new[0] == self.poison for e in entries)
+        return await super().audience(entries)
+
+    async def verdicts(self, entries: Sequence[Entry], member: Any) -> list[Verdict]:
+        await self.audience(entries)
+        return await super().verdicts(entries, member)
+
+
+def faulty() -> FaultyPolicy:
+    return FaultyPolicy([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})
+
+
+async def test_an_entry_that_cannot_be_decided_at_all_is_told_once_and_passed() -> None:
+    async with running(faulty()) as world:
+        _, reader = await world.connect()
+        await world.settled()
+        start = world.hub.position
+        await world.append(insert(1))
+        await world.settled()
+        await world.append(insert(13))
+        await world.settled()
+        await world.append(insert(2))
+        await world.settled()
+        assert (reader.keys, reader.resyncs) == ([1, 2], ["history_gone"])
+        _, back = await world.connect(position=start)
+        await world.settled()
+        assert (back.resyncs, back.closed) == (["history_gone"], [])
+        answer = await poll(world, ANN, start)
+        assert [m["type"] for m in answer["messages"]] == ["resync"]
+
+
+async def test_an_entry_that_cannot_be_read_is_told_once_and_passed() -> None:
+    async with running(window_size=1) as world:
+        _, reader = await world.connect()
+        await world.settled()
+        start = world.hub.position
+        world.broker.poison = 2
+        await world.append(insert(1), insert(2), insert(3))
+        await world.settled()
+        await world.append(insert(4))
+        await world.settled()
+        assert (reader.keys, reader.resyncs) == ([4], ["history_gone"])
+        _, back = await world.connect(position=start)
+        await world.settled()
+        assert (back.resyncs, back.closed) == (["history_gone"], [])
+
+
+async def test_a_hub_that_runs_again_goes_on_with_whoever_was_behind() -> None:
+    async with running() as world:
+        async with world.held():
+            readers = [await world.connect(position=NOWHERE) for _ in range(6)]
+            await passes(10)
+            await world.restart()
+        await eventually(lambda: all(reader.resyncs for _, reader in readers))
+
+
+async def test_a_broker_that_does_not_answer_holds_up_only_those_who_ask_it() -> None:
+    async with running(window_size=5) as world:
+        await world.append(*(insert(n) for n in range(1, 21)))
+        await world.settled()
+        epoch = world.hub.position.rpartition("-")[0]
+        world.broker.down = True
+        old = [await world.connect(position=f"{epoch}-1") for _ in range(40)]
+        _, recent = await world.connect(position=f"{epoch}-17")
+        await passes(200)
+        assert recent.keys == [18, 19, 20]
+        world.broker.down = False
+        await world.settled()
+        assert all(reader.keys == list(range(2, 21)) for _, reader in old)
+
+
+class RevokingPolicy(PolicyEngine):
+    """Shows nothing any more once its policies are read again."""
+
+    revoked = False
+
+    async def reload(self, table: str) -> None:
+        await passes(20)
+        self.revoked = True
+
+    async def verdicts(self, entries: Sequence[Entry], member: Any) -> list[Verdict]:
+        return [Verdict(False, False)] * len(entries) if self.revoked else await super().verdicts(entries, member)
+
+
+async def test_what_was_decided_before_policies_changed_is_not_sent_after() -> None:
+    policy = RevokingPolicy([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})
+    async with running(policy) as world:
+        start = world.hub.position
+        await world.append(insert(1))
+        await world.settled()
+        await world.append(Control("catalog", POSTS))
+        await world.fanning_out()
+        assert not policy.revoked
+        _, reader = await world.connect(position=start)
+        await world.settled()
+        assert reader.messages == []
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------
+
+
+async def test_many_behind_leave_turns_to_others() -> None:
+    async with running() as world:
+        await world.append(*(insert(n) for n in range(1, 6)))
+        await world.settled()
+        written: list[int] = []
+        turns = 0
+        for _ in range(90):
+            _, reader = await world.connect(position=NOWHERE)
+            reader.on_write = lambda _: written.append(turns)
+        while len(written) < 90:
+            turns += 1
+            await passes(1)
+        assert max(map(written.count, written)) <= 8
+
+
+async def test_one_long_history_leaves_turns_to_others() -> None:
+    async with running(history_size=5000, window_size=5000) as world:
+        start = world.hub.position
+        for first in range(0, 4000, 500):
+            await world.append(*(insert(n) for n in range(first, first + 500)))
+        await world.settled()
+        _, reader = await world.connect(position=start)
+        sizes = {0}
+        while len(reader.messages) < 4000:
+            sizes.add(len(reader.messages))
+            await passes(1)
+        assert len(sizes) >= 15
+        assert reader.keys == list(range(4000))
+
+
+async def test_many_polls_leave_turns_to_others() -> None:
+    async with running() as world:
+        start = world.hub.position
+        await world.append(*(insert(n) for n in range(1, 401)))
+        await world.settled()
+        slices: list[int] = []
+        turns = 0
+        advance = world.hub._catch_up._advance
+
+        async def counted(subscription: Subscription, most: int) -> int:
+            slices.append(turns)
+            return await advance(subscription, most)
+
+        world.hub._catch_up._advance = counted  # type: ignore[method-assign]
+        async with asyncio.TaskGroup() as tasks:
+            polls = [tasks.create_task(poll(world, ANN, start)) for _ in range(40)]
+            while not all(task.done() for task in polls):
+                turns += 1
+                await passes(1)
+        assert all(len(task.result()["messages"]) == 400 for task in polls)
+        assert max(map(slices.count, slices)) <= 8
+
+
+@pytest.mark.usefixtures("breathless")
+async def test_a_resync_of_many_leaves_turns_to_others() -> None:
+    async with running() as world:
+        readers = [await world.connect() for _ in range(50)]
+        await world.settled()
+        await world.append(Control("resync", "*", "truncated"))
+        counts = set()
+        while not all(reader.resyncs for _, reader in readers):
+            counts.add(world.hub._standing.directory.count)
+            await passes(1)
+        assert len(counts) > 25
+        await world.settled()
+
+
+async def test_a_resync_is_spread_over_everybody() -> None:
+    async with running() as world:
+        readers = [await world.connect() for _ in range(60)]
+        await world.settled()
+        await world.append(Control("resync", POSTS, "truncated"))
+        await world.settled()
+        waits = [reader.messages[0]["after_ms"] for _, reader in readers[:20]]
+        assert max(waits) > 40  # of 120, and whoever is told first does not wait less
+        assert all(reader.messages[0]["after_ms"] <= 120 for _, reader in readers)
+
+
+async def test_a_slow_connection_owes_one_slice_however_many_subscriptions_it_has() -> None:
+    async with running() as world:
+        start = world.hub.position
+        await world.append(insert(1))
+        await world.settled()
+        connection, reader = world.open()
+        reader.on_write = lambda message: setattr(reader, "full", True)
+        for i in range(50):
+            world.hub.subscribe(connection, (POSTS,), await world.hub.locate(start), id_=str(i))
+        await eventually(lambda: all(s.state is not State.BEHIND for s in connection.subscriptions.values()))
+        assert len(reader.messages) == 1
+        reader.on_write = lambda message: None
+        reader.full = False
+        world.hub.room(connection)
+        await world.settled()
+        assert sorted(i for m in reader.messages for i in m["subscriptions"]) == sorted(map(str, range(50)))
+
+
+def test_clients_names_and_columns_do_not_fill_the_window() -> None:
+    change = insert(1)
+    prepared = Prepared(Entry(1, "b", "a", change))
+    for i in range(1000):
+        message = prepared.message("abcd", Form.INSERT, Encoding.JSON, ("mood",), (f"id{i}", "é"))
+        assert message == change_message(change, Form.INSERT, "abcd-1", columns=("mood",), ids=(f"id{i}", "é"))
+        prepared.message("abcd", Form.INSERT, Encoding.FRAME, (f"column{i}",))
+    assert len(prepared._messages) <= MESSAGES_KEPT
+
+
+def test_a_row_that_may_enter_without_all_of_its_columns_is_not_known() -> None:
+    keyed = relation(POSTS, full=False)
+    change = Change("UPDATE", keyed, None, ("1", ANN, "red", ABSENT), 0)
+    assert form_of(change, None, True) is UNKNOWN
+    assert form_of(change, False, True) is UNKNOWN
+    assert form_of(change, True, True) is Form.UPDATE_KEY
