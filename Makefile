@@ -4,13 +4,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check lint types format unit integration bench build clean
+.PHONY: demo test browser check lint types format unit integration bench build clean
 
 demo: $(READY)
 	@exec $(BIN)/realtime-bridge dev $(ARGS)
 
+# The browser client has a suite of its own until the page stands on it: make browser.
+CLIENT := tests/browser tests/integration/test_client_node.py
+
 test: lint types
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(CLIENT:%=--ignore=%) $(ARGS)
+
+browser: $(READY)
+	$(BIN)/python -m pytest $(CLIENT) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -135,6 +135,8 @@ class Bridge:
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             tasks.forever("ingest", running.ingest.run)
+            if database is not None:
+                tasks.forever("policies", policy.watch)
             if self._keys is not None:
                 tasks.forever("keys", self._keys.run)
             await _begin(running.hub)

@@ -125,6 +125,7 @@ class Hub:
     async def _apply(self, update: Update) -> None:
         standing = self._standing
         if not self._begun.is_set():
+            await standing.policy.reload("*")  # what was read before may lack what the history told until here
             standing.epoch, standing.number = update.epoch, update.number
             standing.window.reset(update.number)
             self._begun.set()
@@ -196,6 +197,8 @@ class Hub:
             for subscription in self._subscriptions():
                 self._owe(subscription, "history_gone")
                 await breath.take()
+            await standing.policy.reload("*")  # a control may be among what is gone
+            standing.reloads += 1
             standing.generation += 1
             standing.epoch, standing.number = epoch, number
             standing.window.reset(number)

@@ -71,7 +71,7 @@ class _AsgiSink:
         if self._open:
             self._waiting.extend(messages)
             self._owed += sum(map(len, messages))
-            self.full = self._owed > self._high
+            self.full = self.full or self._owed > self._high
             self._wake.set()
 
     def ping(self) -> None:

@@ -30,6 +30,11 @@ from realtime_bridge.transports.transport_sinks import EventSink, SocketSink
 _CREDENTIALS: Final = ("token", "ticket", "apikey")
 
 
+_LARGEST_HEAD: Final = 64 * 1024
+_HEAD_SECONDS: Final = 10.0
+_TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
 class _GivenAway(asyncio.Transport):
     """What uvicorn's protocol is left with: it ends its ASGI call by closing the transport, and that must not count."""
 
@@ -77,6 +82,10 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.pause_reading()
         else:
             super().data_received(data)
+            if self.conn.handshake_exc is not None and not self.handshake_initiated:
+                # A line or a head too large to be parsed: uvicorn would wait for the rest for ever.
+                self.transport.write(_TOO_LARGE)
+                self.transport.close()
 
     async def run_asgi(self) -> None:
         app, scope = self.app, self.scope
@@ -132,8 +141,44 @@ class BridgeHttpProtocol(HttpToolsProtocol):
     the response is started; with its start, after whatever middleware adds to the headers, the transport is handed
     over, and the ASGI call has done its work. The body has no length and no chunks: its end is the end of the link.
 
-    Besides, it tells a bridge in the application when the server is being stopped.
+    Besides, it tells a bridge in the application when the server is being stopped, and bounds a request's head, which
+    httptools takes in without end.
     """
+
+    _head = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(  # type: ignore[override]  # as in the base class
+        self, transport: asyncio.Transport
+    ) -> None:
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_over()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._head += len(data)
+        super().data_received(data)
+        if self._head_timer is not None and self._head > _LARGEST_HEAD and not self.transport.is_closing():
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_timer is None:  # a further request on the same connection
+            self._head = 0
+            self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._head_is_over()
+        super().on_headers_complete()
+
+    def _head_is_over(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def shutdown(self) -> None:
         bridge = self.app_state.get("realtime_bridge")

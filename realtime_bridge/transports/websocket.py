@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 AUTH_SECONDS: Final = 10.0
 """Time for the first message of a client that came without a token."""
+MAX_COLUMNS: Final = 100
 MESSAGES_PER_SECOND: Final = 20.0
 MESSAGES_AT_ONCE: Final = 200
 """What a client may say: a bucket of so many messages that fills up again at that rate."""
@@ -266,4 +267,6 @@ def _columns(value: object) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise BadRequestError("columns: a list of texts")
+    if len(value) > MAX_COLUMNS:
+        raise BadRequestError(f"columns: at most {MAX_COLUMNS}")
     return tuple(dict.fromkeys(value)) or None

@@ -28,6 +28,7 @@ from realtime_bridge.policy.base import Verdict
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import Interest
+from realtime_bridge.transports.websocket import NativeSocket, WebSocketEndpoint
 from realtime_bridge.wire.native import Form, change_message
 from tests.services import eventually
 
@@ -705,12 +706,16 @@ async def test_polls_of_no_table_leave_nothing_counted() -> None:
 
 async def test_links_without_a_name_count_as_connections() -> None:
     async with running(max_connections=2) as world:
-        world.open()
-        world.hub.strangers.add("somebody")
+        endpoint = WebSocketEndpoint(world.hub, None, lambda *_: True, lambda _: None, False, 65_536)  # type: ignore[arg-type]
+        start = await world.hub.locate(None)
+        sockets = [NativeSocket(endpoint, Reader(), Interest((POSTS,)), start, None) for _ in range(2)]
         with pytest.raises(TooManyRequestsError):
             world.hub.admit(None)
-        world.hub.strangers.clear()
+        sockets[0].lost()
         world.hub.admit(None)
+        sockets[1]._open(claims())
+        assert (len(world.hub.strangers), len(world.hub.connections)) == (0, 1)
+        sockets[1].lost()
 
 
 @pytest.mark.usefixtures("breathless")
@@ -816,7 +821,7 @@ class RevokingPolicy(PolicyEngine):
 
     async def reload(self, table: str) -> None:
         await passes(20)
-        self.revoked = True
+        self.revoked = table != "*"
 
     async def verdicts(self, entries: Sequence[Entry], member: Any) -> list[Verdict]:
         return [Verdict(False, False)] * len(entries) if self.revoked else await super().verdicts(entries, member)
