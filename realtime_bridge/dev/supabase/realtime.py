@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
+import asyncpg
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
@@ -20,6 +21,10 @@ from realtime_bridge.wire import phoenix
 POLL_SECONDS: Final = 0.05
 TOO_LARGE_FRAME: Final = 1_048_577
 """One byte more than what the Python client takes."""
+
+
+_DATABASE_GONE: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What ends a socket whose join cannot be looked up any more."""
 
 
 class Realtime:
@@ -41,7 +46,7 @@ class Realtime:
         socket = Socket(connection, self._rules, vsn, query["apikey"][0])
         self._sockets[connection] = socket
         try:
-            with suppress(ConnectionClosed):
+            with suppress(ConnectionClosed, *_DATABASE_GONE):
                 async for data in connection:
                     await socket.receive(data)
         finally:
