@@ -1,16 +1,15 @@
 """Tickets: what stands in an address in place of a token, where others may read it.
 
 An address is logged by proxies and kept by browsers, so a ticket is worth little to whoever finds it: it opens one
-connection, within 30 s, and afterwards serves only to take that connection up again. "That connection again" is what an
-EventSource does by itself: the same address with `Last-Event-ID`, from the same browser (`User-Agent`) and page
-(`Origin`). That is not proof, since whoever can copy a request can copy its headers, but HTTP leaves an EventSource no
-other word to say; a ticket on a WebSocket is gone with its first use.
+connection, within 30 s. A WebSocket or a poll uses it up; a stream keeps it, for its EventSource comes back by itself
+to the same address, and then with `Last-Event-ID`, from the same browser (`User-Agent`) and page (`Origin`). That is
+not proof, since whoever can copy a request can copy its headers, but HTTP leaves an EventSource no other word to say.
 
 A ticket carries its token, sealed; the store keeps the key of the seal, who came with the ticket, and no token. So
 neither opens anything without the other, what a store keeps is small and bounded, and a redeemed token is verified like
 any other: expiry, revocation, and keys and roles that are accepted no longer end a ticket too.
 
-Layer: adapters. May import: claims, errors, broker.redis_link, broker.redis_url.
+Layer: adapters. May import: claims, errors, broker.redis_link.
 Sources: HTML Standard, "Server-sent events" (reconnection); contract.md section 4.
 """
 
@@ -21,13 +20,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from realtime_bridge.broker.redis_link import Link
-from realtime_bridge.broker.redis_url import parse_redis_url
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BrokerError, UnauthorizedError, UnavailableError
 
@@ -36,6 +34,7 @@ FRESH_SECONDS: Final = 30
 MOST_TICKETS: Final = 100_000
 """About 20 MB. A store that has more forgets those touched longest ago: their clients get a 401, and a new ticket."""
 _IDLE_SECONDS: Final = 86_400
+"""Redis forgets all tickets of a namespace in which none was touched for so long."""
 _ID_BYTES: Final = 16
 _KEY_BYTES: Final = 32
 _NONCE: Final = bytes(12)
@@ -53,10 +52,11 @@ class TicketStore(Protocol):
         """Keep the key of a ticket that has just been issued."""
         ...
 
-    async def take(self, ticket_id: str, client: str, *, resuming: bool) -> str | None:
+    async def take(self, ticket_id: str, client: str | None, *, resuming: bool) -> str | None:
         """The key of a ticket, or None.
 
-        The first to take it within `FRESH_SECONDS` gets it, and after that whoever resumes as the same `client`.
+        The first to take it within `FRESH_SECONDS` gets it. If that one is a `client`, it gets it again whenever it is
+        `resuming`; else the ticket is used up.
         """
         ...
 
@@ -87,13 +87,13 @@ class Tickets:
         left = FRESH_SECONDS if claims.expires_at is None else int(claims.expires_at - time.time())
         return _text(ticket_id + sealed), max(0, min(FRESH_SECONDS, left))
 
-    async def redeem(self, ticket: str, *, resuming: bool, client: str = "") -> Claims:
-        """The claims of the token that a ticket stands for. A ticket is used up even if its token no longer holds.
+    async def redeem(self, ticket: str, client: str | None = None, *, resuming: bool = False) -> Claims:
+        """The claims of the token that a ticket stands for. A ticket is used even if its token no longer holds.
 
         Args:
             ticket: as it stands in the address.
-            resuming: whether this is an EventSource's reconnect: a request for events with `Last-Event-ID`.
-            client: what tells browsers and pages apart, by `client_of`.
+            client: who asks for a stream, by `client_of`; None for a connection that does not come back by itself.
+            resuming: whether this is a stream's reconnect: it has a `Last-Event-ID`.
 
         Raises:
             UnauthorizedError: the ticket or its token does not hold; the reason quotes neither.
@@ -140,7 +140,7 @@ def _bytes(text: str) -> bytes:
 
 @dataclass(slots=True)
 class _Kept:
-    """A ticket in memory; `client` is None until it is used."""
+    """A ticket in memory; `client` is None until somebody has it who may come back."""
 
     key: str
     fresh_until: float
@@ -160,19 +160,13 @@ class MemoryTicketStore:
         self._clock = clock
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._kept.clear()
-
     async def put(self, ticket_id: str, key: str) -> None:
         """See `TicketStore.put`."""
         self._kept[ticket_id] = _Kept(key, self._clock() + FRESH_SECONDS)
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
 
-    async def take(self, ticket_id: str, client: str, *, resuming: bool) -> str | None:
+    async def take(self, ticket_id: str, client: str | None, *, resuming: bool) -> str | None:
         """See `TicketStore.take`."""
         kept = self._kept.get(ticket_id)
         if kept is None:
@@ -180,40 +174,13 @@ class MemoryTicketStore:
         if kept.client is None:
             if self._clock() > kept.fresh_until:
                 return None
-            kept.client = client
         elif not resuming or client != kept.client:
             return None
+        kept.client = client
         self._kept.move_to_end(ticket_id)
+        if client is None:
+            del self._kept[ticket_id]
         return kept.key
-
-
-_PUT: Final = """
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], ARGV[1], string.format('%d %s', time[1] + ARGV[3], ARGV[2]))
-redis.call('ZADD', KEYS[2], time[1] * 1000000 + time[2], ARGV[1])
-local over = redis.call('ZCARD', KEYS[2]) - ARGV[4]
-if over > 0 then
-  for i, member in ipairs(redis.call('ZPOPMIN', KEYS[2], over)) do
-    if i % 2 == 1 then redis.call('HDEL', KEYS[1], member) end
-  end
-end
-for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[5]) end
-"""
-_TAKE: Final = """
-local kept = redis.call('HGET', KEYS[1], ARGV[1])
-if not kept then return false end
-local time = redis.call('TIME')
-local fresh_until, key, client = kept:match('^(%d+) (%S+) ?(.*)$')
-if client == '' then
-  if time[1] + 0 > fresh_until + 0 then return false end
-  redis.call('HSET', KEYS[1], ARGV[1], kept .. ' =' .. ARGV[2])
-elseif ARGV[3] == '0' or client ~= '=' .. ARGV[2] then
-  return false
-end
-redis.call('ZADD', KEYS[2], time[1] * 1000000 + time[2], ARGV[1])
-for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[4]) end
-return key
-"""
 
 
 class RedisTicketStore:
@@ -223,38 +190,26 @@ class RedisTicketStore:
     more within its 30 s.
 
     Args:
-        url: as `REDIS_URL`.
-        namespace: a hash tag before both keys.
+        link: the broker's, and open as long as the broker is.
         most: tickets held.
-
-    Raises:
-        ConfigurationError: the url is of no known form.
     """
 
-    def __init__(self, url: str, *, namespace: str, most: int = MOST_TICKETS) -> None:
-        self._link = Link(parse_redis_url(url), namespace)
-        self._keys = (f"{self._link.prefix}tickets", f"{self._link.prefix}tickets-touched")
+    def __init__(self, link: Link, *, most: int = MOST_TICKETS) -> None:
+        self._link = link
         self._most = most
-
-    async def __aenter__(self) -> Self:
-        await self._link.open()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._link.close()
 
     async def put(self, ticket_id: str, key: str) -> None:
         """See `TicketStore.put`."""
-        await self._run(_PUT, ticket_id, key, FRESH_SECONDS, self._most, _IDLE_SECONDS)
+        await self._run("put_ticket", ticket_id, key, FRESH_SECONDS, self._most)
 
-    async def take(self, ticket_id: str, client: str, *, resuming: bool) -> str | None:
+    async def take(self, ticket_id: str, client: str | None, *, resuming: bool) -> str | None:
         """See `TicketStore.take`."""
-        key = await self._run(_TAKE, ticket_id, client, int(resuming), _IDLE_SECONDS)
+        key = await self._run("take_ticket", ticket_id, client or "", int(resuming))
         return None if key is None else key.decode()
 
-    async def _run(self, script: str, *arguments: str | int) -> bytes | None:
+    async def _run(self, script: str, ticket_id: str, *arguments: str | int) -> bytes | None:
         try:
-            answer: bytes | None = await self._link.command("EVAL", script, len(self._keys), *self._keys, *arguments)
+            answer: bytes | None = await self._link.script(script, ticket_id, _IDLE_SECONDS, *arguments)
         except BrokerError as error:
             raise UnavailableError("tickets cannot be kept now") from error
         return answer

@@ -88,6 +88,11 @@ class RedisBroker:
         await self._link.close()
 
     @property
+    def link(self) -> Link:
+        """The way to this Redis, open as long as the broker is, for what else its processes share."""
+        return self._link
+
+    @property
     def undecodable(self) -> int:
         """Entries that this version of the bridge could not read; each was shown as a `resync` of all tables."""
         return self._history.undecodable

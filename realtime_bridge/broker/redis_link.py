@@ -34,6 +34,19 @@ _BYTES_PER_SECOND: Final = 1 << 20
 """A slower link than this to Redis is no link: commands get so much more time for what they carry."""
 _CLOSE_SECONDS: Final = 1.0
 
+_KEYS: Final = (
+    "state",
+    "history",
+    "relations",
+    "relations-used",
+    "epochs",
+    "lease",
+    "released",
+    "tickets",
+    "tickets-touched",
+)
+"""What a namespace holds, in the order in which lua/common.lua names it."""
+
 Argument: TypeAlias = str | bytes | int | float
 Client: TypeAlias = "Redis | RedisCluster"
 
@@ -131,8 +144,7 @@ class Link:
         self.name = f"{self.prefix}history"
         self.relations = f"{self.prefix}relations"
         self.released = f"{self.prefix}released"
-        names = ("state", "history", "relations", "relations-used", "epochs", "lease", "released")
-        self._keys = tuple(self.prefix + name for name in names)
+        self._keys = tuple(self.prefix + name for name in _KEYS)
         self._url = url
         self._sentinel: Sentinel | None = None
         self._client: Client | None = None

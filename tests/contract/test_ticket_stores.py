@@ -10,12 +10,24 @@ from redis.asyncio import Redis
 
 from realtime_bridge import tickets
 from realtime_bridge.auth import Verifier
+from realtime_bridge.broker.redis_link import Link
+from realtime_bridge.broker.redis_url import parse_redis_url
 from realtime_bridge.dev.engines import EmbeddedValkey
 from realtime_bridge.errors import UnauthorizedError, UnavailableError
 from realtime_bridge.tickets import MemoryTicketStore, RedisTicketStore, Tickets, TicketStore
 from tests.services import SECRET, eventually, running, token
 
 OpenStores: TypeAlias = Callable[[int], AbstractAsyncContextManager[tuple[TicketStore, TicketStore]]]
+
+
+@asynccontextmanager
+async def in_redis(url: str, namespace: str, **options: int) -> AsyncIterator[RedisTicketStore]:
+    link = Link(parse_redis_url(url), namespace)
+    await link.open()
+    try:
+        yield RedisTicketStore(link, **options)
+    finally:
+        await link.close()
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -25,8 +37,8 @@ def stores(request: pytest.FixtureRequest, namespace: str) -> OpenStores:
 
         @asynccontextmanager
         async def opened(most: int) -> AsyncIterator[tuple[TicketStore, TicketStore]]:
-            async with MemoryTicketStore(most=most) as store:
-                yield store, store
+            store = MemoryTicketStore(most=most)
+            yield store, store
 
         return opened
     url = request.getfixturevalue("redis_url")
@@ -34,8 +46,8 @@ def stores(request: pytest.FixtureRequest, namespace: str) -> OpenStores:
     @asynccontextmanager
     async def opened_in_redis(most: int) -> AsyncIterator[tuple[TicketStore, TicketStore]]:
         async with (
-            RedisTicketStore(url, namespace=namespace, most=most) as one,
-            RedisTicketStore(url, namespace=namespace, most=most) as other,
+            in_redis(url, namespace, most=most) as one,
+            in_redis(url, namespace, most=most) as other,
         ):
             yield one, other
 
@@ -62,10 +74,28 @@ async def test_of_many_that_come_at_once_one_gets_it(stores: OpenStores) -> None
 async def test_a_resuming_client_may_be_the_first_to_use_a_ticket(stores: OpenStores) -> None:
     async with stores(10) as (one, _):
         await one.put("id", "key")
-        assert await one.take("id", "", resuming=True) == "key"
-        assert await one.take("id", "", resuming=False) is None
-        assert await one.take("id", "browser", resuming=True) is None
-        assert await one.take("id", "", resuming=True) == "key"
+        assert await one.take("id", "browser", resuming=True) == "key"
+        assert await one.take("id", "browser", resuming=False) is None
+        assert await one.take("id", "another", resuming=True) is None
+        assert await one.take("id", "browser", resuming=True) == "key"
+
+
+async def test_a_connection_that_does_not_come_back_uses_its_ticket_up(stores: OpenStores) -> None:
+    async with stores(10) as (one, other):
+        await one.put("id", "key")
+        assert await other.take("id", None, resuming=False) == "key"
+        for client in (None, "browser"):
+            for resuming in (False, True):
+                assert await one.take("id", client, resuming=resuming) is None
+
+
+async def test_a_ticket_of_a_stream_opens_nothing_else(stores: OpenStores) -> None:
+    async with stores(10) as (one, other):
+        await one.put("id", "key")
+        assert await other.take("id", "browser", resuming=False) == "key"
+        for resuming in (False, True):
+            assert await one.take("id", None, resuming=resuming) is None
+        assert await one.take("id", "browser", resuming=True) == "key"
 
 
 async def test_a_full_store_forgets_what_was_touched_longest_ago(stores: OpenStores) -> None:
@@ -82,10 +112,10 @@ async def test_a_ticket_issued_by_one_replica_is_redeemed_by_another(stores: Ope
     verify = Verifier(secret=SECRET).verify
     async with stores(10) as (one, other):
         ticket, _ = await Tickets(one, verify).issue(token("ada"))
-        assert (await Tickets(other, verify).redeem(ticket, resuming=False, client="b")).subject == "ada"
+        assert (await Tickets(other, verify).redeem(ticket, "b")).subject == "ada"
         with pytest.raises(UnauthorizedError):
-            await Tickets(one, verify).redeem(ticket, resuming=False, client="b")
-        assert (await Tickets(one, verify).redeem(ticket, resuming=True, client="b")).subject == "ada"
+            await Tickets(one, verify).redeem(ticket, "b")
+        assert (await Tickets(one, verify).redeem(ticket, "b", resuming=True)).subject == "ada"
 
 
 # -- Redis alone -------------------------------------------------------------------------------------------------------
@@ -93,7 +123,7 @@ async def test_a_ticket_issued_by_one_replica_is_redeemed_by_another(stores: Ope
 
 async def test_what_redis_keeps_ends_by_itself_and_never_holds_the_token(redis_url: str, namespace: str) -> None:
     text = token("ada")
-    async with RedisTicketStore(redis_url, namespace=namespace) as store, Redis.from_url(redis_url) as redis:
+    async with in_redis(redis_url, namespace) as store, Redis.from_url(redis_url) as redis:
         ticket, _ = await Tickets(store, Verifier(secret=SECRET).verify).issue(text)
         keys = [key async for key in redis.scan_iter(f"{{{namespace}}}:*")]
         assert len(keys) == 2
@@ -107,7 +137,7 @@ async def test_redis_too_lets_a_ticket_wait_only_so_long(
     redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tickets, "FRESH_SECONDS", -1)
-    async with RedisTicketStore(redis_url, namespace=namespace) as store:
+    async with in_redis(redis_url, namespace) as store:
         await store.put("id", "key")
         for resuming in (False, True):
             assert await store.take("id", "browser", resuming=resuming) is None
@@ -115,8 +145,8 @@ async def test_redis_too_lets_a_ticket_wait_only_so_long(
 
 async def test_namespaces_keep_their_tickets_apart(redis_url: str, namespace: str) -> None:
     async with (
-        RedisTicketStore(redis_url, namespace=namespace) as ours,
-        RedisTicketStore(redis_url, namespace=f"{namespace}-other") as theirs,
+        in_redis(redis_url, namespace) as ours,
+        in_redis(redis_url, f"{namespace}-other") as theirs,
     ):
         await ours.put("id", "key")
         assert await theirs.take("id", "browser", resuming=False) is None
@@ -125,7 +155,7 @@ async def test_namespaces_keep_their_tickets_apart(redis_url: str, namespace: st
 @pytest.mark.fault
 async def test_without_redis_a_ticket_is_neither_issued_nor_refused_and_afterwards_all_is_well() -> None:
     with running(EmbeddedValkey()) as server:
-        async with RedisTicketStore(server.url, namespace="faults") as store:
+        async with in_redis(server.url, "faults") as store:
             bureau = Tickets(store, Verifier(secret=SECRET).verify)
             ticket, _ = await bureau.issue(token("ada"))
             server.freeze()
@@ -136,6 +166,6 @@ async def test_without_redis_a_ticket_is_neither_issued_nor_refused_and_afterwar
                 server.thaw()
 
             async def redeemed() -> str | None:
-                return (await bureau.redeem(ticket, resuming=True, client="b")).subject
+                return (await bureau.redeem(ticket, "b", resuming=True)).subject
 
             assert await eventually(redeemed) == "ada"

@@ -19,16 +19,16 @@ def tickets(store: MemoryTicketStore | None = None, **options: Any) -> Tickets:
     return Tickets(store or MemoryTicketStore(), Verifier(**{"secret": SECRET, **options}).verify)
 
 
-async def refusal(of: Tickets, ticket: str, *, resuming: bool = False, client: str = BROWSER) -> str:
+async def refusal(of: Tickets, ticket: str, client: str | None = BROWSER, *, resuming: bool = False) -> str:
     with pytest.raises(UnauthorizedError) as caught:
-        await of.redeem(ticket, resuming=resuming, client=client)
+        await of.redeem(ticket, client, resuming=resuming)
     return caught.value.reason
 
 
 async def test_a_ticket_gives_the_claims_of_its_token() -> None:
     bureau = tickets()
     ticket, expires_in = await bureau.issue(token("ada", tenant=7))
-    claims = await bureau.redeem(ticket, resuming=False, client=BROWSER)
+    claims = await bureau.redeem(ticket, BROWSER)
     assert (claims.subject, claims.values["tenant"], expires_in) == ("ada", 7, 30)
 
 
@@ -47,18 +47,27 @@ async def test_a_token_that_does_not_hold_gets_no_ticket() -> None:
 async def test_a_used_ticket_serves_only_to_resume_from_the_same_browser_and_page() -> None:
     bureau = tickets()
     ticket, _ = await bureau.issue(token("ada"))
-    await bureau.redeem(ticket, resuming=False, client=BROWSER)
+    await bureau.redeem(ticket, BROWSER)
     for _ in range(3):
-        assert (await bureau.redeem(ticket, resuming=True, client=BROWSER)).subject == "ada"
-    assert "used" in await refusal(bureau, ticket, resuming=False)
-    assert "used" in await refusal(bureau, ticket, resuming=True, client=OTHER)
-    assert (await bureau.redeem(ticket, resuming=True, client=BROWSER)).subject == "ada"
+        assert (await bureau.redeem(ticket, BROWSER, resuming=True)).subject == "ada"
+    assert "used" in await refusal(bureau, ticket)
+    assert "used" in await refusal(bureau, ticket, OTHER, resuming=True)
+    assert (await bureau.redeem(ticket, BROWSER, resuming=True)).subject == "ada"
+
+
+async def test_what_does_not_come_back_by_itself_uses_its_ticket_up() -> None:
+    bureau = tickets()
+    ticket, _ = await bureau.issue(token("ada"))
+    assert (await bureau.redeem(ticket)).subject == "ada"
+    for client in (None, BROWSER):
+        for resuming in (False, True):
+            assert "used" in await refusal(bureau, ticket, client, resuming=resuming)
 
 
 async def test_a_used_ticket_ends_with_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
     bureau = tickets()
     ticket, _ = await bureau.issue(token("ada", ttl=60))
-    await bureau.redeem(ticket, resuming=False, client=BROWSER)
+    await bureau.redeem(ticket, BROWSER)
     later = time.time() + 61
     monkeypatch.setattr(time, "time", lambda: later)
     assert await refusal(bureau, ticket, resuming=True) == "expired"
@@ -69,7 +78,7 @@ async def test_what_is_no_longer_accepted_of_a_token_ends_its_ticket() -> None:
     ticket, _ = await tickets(store).issue(token("ada"))
     assert await refusal(tickets(store, secret="x" * 32), ticket) == "signature"
     with pytest.raises(ForbiddenError):
-        await tickets(store, roles=["anon"]).redeem(ticket, resuming=True, client=BROWSER)
+        await tickets(store, roles=["anon"]).redeem(ticket, BROWSER, resuming=True)
 
 
 async def test_neither_a_ticket_nor_a_store_shows_the_token() -> None:
@@ -124,9 +133,3 @@ async def test_a_ticket_waits_so_long_for_its_first_use_and_then_it_is_dead() ->
         assert await store.take("too late", BROWSER, resuming=resuming) is None
     now += 1e6
     assert await store.take("in time", BROWSER, resuming=True) == "k1"
-
-
-async def test_a_store_that_is_left_forgets() -> None:
-    async with MemoryTicketStore() as store:
-        await store.put("one", "k")
-    assert await store.take("one", BROWSER, resuming=False) is None

@@ -1,7 +1,7 @@
 -- What every operation shares: this text stands before each of them.
 -- All keys carry one hash tag, so that they lie in one slot of a cluster. An operation checks everything before its
 -- first write: a script that fails half way would leave its first half behind.
-local STATE, HISTORY, RELATIONS, USED, EPOCHS, LEASE, RELEASED = unpack(KEYS)
+local STATE, HISTORY, RELATIONS, USED, EPOCHS, LEASE, RELEASED, TICKETS, TOUCHED = unpack(KEYS)
 local NEW_EPOCH = ARGV[1] -- the name to use, should this operation have to make an epoch
 local EPOCHS_KEPT = 64
 
@@ -63,4 +63,11 @@ end
 local function notify(state, start, count, previous, nonce, lengths, bodies)
   local header = {state.epoch, text(start), text(count), previous == '' and '-' or previous, nonce, state.proven}
   redis.call('PUBLISH', HISTORY, table.concat(header, ' ') .. ' ' .. table.concat(lengths, ' ') .. '\n' .. bodies)
+end
+
+-- Remember when a ticket was touched: whatever operation it is of, the ticket is ARGV[2].
+local function touch_ticket(now)
+  redis.call('ZADD', TOUCHED, now[1] * 1000000 + now[2], ARGV[2])
+  redis.call('EXPIRE', TICKETS, ARGV[3])
+  redis.call('EXPIRE', TOUCHED, ARGV[3])
 end
