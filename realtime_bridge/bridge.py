@@ -36,8 +36,9 @@ from realtime_bridge.settings import Settings
 from realtime_bridge.sources.base import Source
 from realtime_bridge.sources.postgres import PostgresSource
 from realtime_bridge.sources.supabase import SupabaseSource
+from realtime_bridge.tickets import MemoryTicketStore, RedisTicketStore, Tickets, TicketStore
 from realtime_bridge.transports.events import EventsEndpoint
-from realtime_bridge.transports.requests import origin_allowed
+from realtime_bridge.transports.requests import Credentials, origin_allowed
 from realtime_bridge.transports.uvicorn_protocol import RedactQuery
 from realtime_bridge.transports.websocket import WebSocketEndpoint
 
@@ -66,6 +67,7 @@ class Running:
     ingest: Ingest
     policy: PolicyEngine
     database: Database | None
+    tickets: Tickets
     websocket: WebSocketEndpoint
     events: EventsEndpoint
     draining: asyncio.Event
@@ -126,7 +128,7 @@ class Bridge:
             policy = make_policy(settings, database)
             await policy.load()
             source = make_source(settings, database)
-            broker: Broker = await stack.enter_async_context(make_broker(settings))
+            broker: RedisBroker | MemoryBroker = await stack.enter_async_context(make_broker(settings))
             for part in (self._keys, self._get_user):
                 if part is not None:
                     await stack.enter_async_context(part)
@@ -144,7 +146,12 @@ class Bridge:
             self.drain()
 
     def _assemble(
-        self, broker: Broker, policy: PolicyEngine, source: Source, database: Database | None, tasks: "_BackgroundTasks"
+        self,
+        broker: RedisBroker | MemoryBroker,
+        policy: PolicyEngine,
+        source: Source,
+        database: Database | None,
+        tasks: "_BackgroundTasks",
     ) -> Running:
         settings = self.settings
         hub = Hub(
@@ -159,17 +166,15 @@ class Bridge:
         )
         ingest = Ingest(source, broker, namespace=settings.namespace, ttl=settings.takeover_seconds * 0.6)
         draining = asyncio.Event()
+        tickets = Tickets(make_ticket_store(broker), self.verifier.verify)
+        credentials = Credentials(self.verifier.verify, tickets, settings.token_in_query)
 
         def allowed(origin: str | None, host: str | None) -> bool:
             return origin_allowed(origin, host, settings.allowed_origins)
 
-        websocket = WebSocketEndpoint(
-            hub, self.verifier, allowed, tasks.spawn, settings.token_in_query, settings.send_buffer_bytes
-        )
-        events = EventsEndpoint(
-            hub, self.verifier, allowed, draining, settings.token_in_query, settings.send_buffer_bytes
-        )
-        return Running(broker, hub, ingest, policy, database, websocket, events, draining)
+        websocket = WebSocketEndpoint(hub, credentials, allowed, tasks.spawn, settings.send_buffer_bytes)
+        events = EventsEndpoint(hub, credentials, allowed, draining, settings.send_buffer_bytes)
+        return Running(broker, hub, ingest, policy, database, tickets, websocket, events, draining)
 
     def drain(self) -> None:
         """Take no new connections, and answer every poll that waits. Idempotent."""
@@ -345,6 +350,11 @@ def make_broker(settings: Settings) -> RedisBroker | MemoryBroker:
         history_bytes=bytes_,
         history_seconds=seconds,
     )
+
+
+def make_ticket_store(broker: RedisBroker | MemoryBroker) -> TicketStore:
+    """Where tickets are kept: beside the history, so that whoever reads that knows them."""
+    return RedisTicketStore(broker.link) if isinstance(broker, RedisBroker) else MemoryTicketStore()
 
 
 def make_source(settings: Settings, database: Database | None) -> Source:

@@ -8,13 +8,14 @@ import secrets
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
 from starlette.websockets import WebSocket
 
-from realtime_bridge.auth import require_claims
-from realtime_bridge.errors import NotFoundError
+from realtime_bridge.auth import bearer, require_claims
+from realtime_bridge.errors import NotFoundError, UnauthorizedError
 from realtime_bridge.metrics import CONTENT_TYPE
 from realtime_bridge.rest.posts import posts_router
 from realtime_bridge.rest.problems import ProblemRoute, problem
@@ -34,6 +35,14 @@ def make_router(bridge: "Bridge") -> APIRouter:
     @router.get("/events")
     async def events(request: Request) -> Response:
         return await bridge.running.events(request)
+
+    @router.post("/ticket", dependencies=[Depends(HTTPBearer(auto_error=False))])
+    async def ticket(request: Request) -> Response:
+        token = bearer(request.headers.get("authorization"))
+        if token is None:
+            raise UnauthorizedError("missing")
+        ticket, expires_in = await bridge.running.tickets.issue(token)
+        return JSONResponse({"ticket": ticket, "expires_in": expires_in}, headers={"Cache-Control": "no-store"})
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:

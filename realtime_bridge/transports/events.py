@@ -18,7 +18,6 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from realtime_bridge.auth import Verifier
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BadRequestError, ForbiddenError, UnauthorizedError
 from realtime_bridge.hub.base import Encoding, Sink
@@ -26,7 +25,7 @@ from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.transports.opening import begin
-from realtime_bridge.transports.requests import Interest, token_of
+from realtime_bridge.transports.requests import Credentials, Interest
 from realtime_bridge.transports.streams import EventStream
 from realtime_bridge.wire.native import optional_timestamp
 from realtime_bridge.wire.sse import retry_event
@@ -97,10 +96,9 @@ class EventsEndpoint:
     """
 
     hub: Hub
-    verifier: Verifier
+    credentials: Credentials
     allowed: Callable[[str | None, str | None], bool]
     draining: asyncio.Event
-    token_in_query: bool
     send_buffer_bytes: int
 
     async def __call__(self, request: Request) -> Response:
@@ -111,17 +109,17 @@ class EventsEndpoint:
         """
         if not self.allowed(request.headers.get("origin"), request.headers.get("host")):
             raise ForbiddenError("origin not allowed")
-        token, _ = token_of(request, in_query=self.token_in_query)
-        if token is None:
-            raise UnauthorizedError("missing")
         interest = Interest.parse(request.query_params, self.hub.tables)
         wait = _number(request, "wait", 25.0, MAX_WAIT_SECONDS)
         limit = max(1, int(_number(request, "limit", 500, MAX_LIMIT)))
-        claims = await self.verifier.verify(token)
+        stream = "text/event-stream" in request.headers.get("accept", "")
+        claims = await self.credentials.claims_of(request, stream=stream)
+        if claims is None:
+            raise UnauthorizedError("missing")
         for table in interest.tables:
             if (refusal := self.hub.refusal(table, claims)) is not None:
                 raise ForbiddenError(refusal)
-        if "text/event-stream" in request.headers.get("accept", ""):
+        if stream:
             return await self._stream(request, claims, interest)
         return await self._poll(request, claims, interest, wait, limit)
 

@@ -1,9 +1,9 @@
-"""What `/ws` and `/events` have in common: where the token is, which tables, from where; which origins may ask.
+"""What `/ws` and `/events` have in common: who is asking, which tables, from where; which origins may ask.
 
-Layer: edges. May import: words, filters.
+Layer: edges. May import: words, filters, auth, tickets.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 from urllib.parse import urlsplit
@@ -11,25 +11,59 @@ from urllib.parse import urlsplit
 from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
+from realtime_bridge.auth import bearer
+from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BadRequestError
 from realtime_bridge.filters import Filter, parse_filter
+from realtime_bridge.tickets import Tickets, client_of
 
 OPERATIONS: Final = ("INSERT", "UPDATE", "DELETE")
-_BEARER: Final = "bearer"
 
 
-def token_of(request: HTTPConnection, *, in_query: bool) -> tuple[str | None, str | None]:
-    """The token of a request, or None, and the WebSocket subprotocol to answer with, or None.
-
-    Looked for in this order: `Authorization: Bearer`, the subprotocol pair `bearer, <token>`, `?token=`.
-    """
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == _BEARER and value.strip():
-        return value.strip(), None
+def bearer_subprotocol(request: HTTPConnection) -> tuple[str, str] | tuple[None, None]:
+    """The pair `bearer, <token>` that a WebSocket offers as subprotocols: what to answer with, and the token."""
     offered = [part.strip() for part in request.headers.get("sec-websocket-protocol", "").split(",")]
-    if len(offered) >= 2 and offered[0].lower() == _BEARER:
-        return offered[1], offered[0]
-    return (request.query_params.get("token") or None) if in_query else None, None
+    return (offered[0], offered[1]) if len(offered) >= 2 and offered[0].lower() == "bearer" else (None, None)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a request may show to be let in.
+
+    Attributes:
+        verify: as `Verifier.verify`.
+        token_in_query: whether `?token=` counts. A ticket is no token, and always does.
+    """
+
+    verify: Callable[[str], Awaitable[Claims]]
+    tickets: Tickets
+    token_in_query: bool
+
+    async def claims_of(self, request: HTTPConnection, *, stream: bool = False) -> Claims | None:
+        """The claims of the token or ticket of a request, or None if there is neither.
+
+        Args:
+            request: or WebSocket.
+            stream: whether the client comes back by itself, with `Last-Event-ID`, as an EventSource does.
+
+        Raises:
+            BadRequestError: there are both.
+            UnauthorizedError, ForbiddenError, UnavailableError: as `Verifier.verify`.
+        """
+        token, ticket = self._token(request), request.query_params.get("ticket")
+        if not ticket:
+            return None if token is None else await self.verify(token)
+        if token is not None:
+            raise BadRequestError("token and ticket: give one of them")
+        client = client_of(request.headers) if stream else None
+        return await self.tickets.redeem(ticket, client, resuming="last-event-id" in request.headers)
+
+    def _token(self, request: HTTPConnection) -> str | None:
+        """From the header, the subprotocols or the query, in this order."""
+        token = bearer(request.headers.get("authorization")) or bearer_subprotocol(request)[1]
+        if not token and self.token_in_query:
+            token = request.query_params.get("token")
+        return token or None
 
 
 def origin_allowed(origin: str | None, host: str | None, allowed: Collection[str]) -> bool:

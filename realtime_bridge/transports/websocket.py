@@ -15,7 +15,6 @@ from typing import Any, Final
 import orjson
 from starlette.websockets import WebSocket
 
-from realtime_bridge.auth import Verifier
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BadRequestError, BridgeError, ForbiddenError, TooManyRequestsError, UnauthorizedError
 from realtime_bridge.filters import parse_filter
@@ -23,7 +22,7 @@ from realtime_bridge.hub.base import Sink
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.hub import Hub, Start
 from realtime_bridge.transports.opening import begin
-from realtime_bridge.transports.requests import Interest, parse_events, parse_table, token_of
+from realtime_bridge.transports.requests import Credentials, Interest, bearer_subprotocol, parse_events, parse_table
 from realtime_bridge.transports.sockets import refuse_socket, serve_socket
 from realtime_bridge.wire import native
 
@@ -49,20 +48,19 @@ class WebSocketEndpoint:
     """
 
     hub: Hub
-    verifier: Verifier
+    credentials: Credentials
     allowed: Callable[[str | None, str | None], bool]
     spawn: Spawn
-    token_in_query: bool
     send_buffer_bytes: int
 
     async def __call__(self, websocket: WebSocket) -> None:
         """Refuse by accepting and closing, since a browser hides an HTTP status; else serve until the link ends."""
-        token, subprotocol = token_of(websocket, in_query=self.token_in_query)
+        subprotocol, _ = bearer_subprotocol(websocket)
         try:
             if not self.allowed(websocket.headers.get("origin"), websocket.headers.get("host")):
                 raise ForbiddenError("origin not allowed")
             interest = Interest.parse(websocket.query_params, self.hub.tables)
-            claims = await self.verifier.verify(token) if token is not None else None
+            claims = await self.credentials.claims_of(websocket)
             self.hub.admit(claims)
             start = await self.hub.locate(interest.position)
         except BridgeError as error:
@@ -201,7 +199,7 @@ class NativeSocket:
     async def _authenticate(self, token: object) -> None:
         if not isinstance(token, str):
             raise UnauthorizedError("auth without a token")
-        claims = await self._endpoint.verifier.verify(token)
+        claims = await self._endpoint.credentials.verify(token)
         if self._connection is not None:
             await self._endpoint.hub.reauthenticate(self._connection, claims)
         else:

@@ -504,7 +504,7 @@ async def poll(world: World, user: str, position: str | None, *, limit: int = 50
         await asyncio.Event().wait()
 
     request = Request({"type": "http", "method": "GET", "headers": [], "query_string": b""}, receive)
-    endpoint = EventsEndpoint(world.hub, None, lambda *_: True, asyncio.Event(), False, 65_536)  # type: ignore[arg-type]
+    endpoint = EventsEndpoint(world.hub, None, lambda *_: True, asyncio.Event(), 65_536)  # type: ignore[arg-type]
     answer = await endpoint._poll(request, claims(user), Interest((POSTS, NOTES), position), wait, limit)
     message: Message = orjson.loads(answer.body)
     return message
@@ -706,7 +706,7 @@ async def test_polls_of_no_table_leave_nothing_counted() -> None:
 
 async def test_links_without_a_name_count_as_connections() -> None:
     async with running(max_connections=2) as world:
-        endpoint = WebSocketEndpoint(world.hub, None, lambda *_: True, lambda _: None, False, 65_536)  # type: ignore[arg-type]
+        endpoint = WebSocketEndpoint(world.hub, None, lambda *_: True, lambda _: None, 65_536)  # type: ignore[arg-type]
         start = await world.hub.locate(None)
         sockets = [NativeSocket(endpoint, Reader(), Interest((POSTS,)), start, None) for _ in range(2)]
         with pytest.raises(TooManyRequestsError):
