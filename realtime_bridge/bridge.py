@@ -92,6 +92,10 @@ class Bridge:
         """Every route of the contract."""
         return make_router(self)
 
+    def allows(self, origin: str | None, host: str | None) -> bool:
+        """Whether a page of this origin may talk to the bridge, asked for by that Host header."""
+        return origin_allowed(origin, host, self.settings.allowed_origins)
+
     @property
     def database(self) -> Database:
         """The primary, for routes that only exist where there is one."""
@@ -168,12 +172,8 @@ class Bridge:
         draining = asyncio.Event()
         tickets = Tickets(make_ticket_store(broker), self.verifier.verify)
         credentials = Credentials(self.verifier.verify, tickets, settings.token_in_query)
-
-        def allowed(origin: str | None, host: str | None) -> bool:
-            return origin_allowed(origin, host, settings.allowed_origins)
-
-        websocket = WebSocketEndpoint(hub, credentials, allowed, tasks.spawn, settings.send_buffer_bytes)
-        events = EventsEndpoint(hub, credentials, allowed, draining, settings.send_buffer_bytes)
+        websocket = WebSocketEndpoint(hub, credentials, self.allows, tasks.spawn, settings.send_buffer_bytes)
+        events = EventsEndpoint(hub, credentials, draining, settings.send_buffer_bytes)
         return Running(broker, hub, ingest, policy, database, tickets, websocket, events, draining)
 
     def drain(self) -> None:

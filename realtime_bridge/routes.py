@@ -17,8 +17,9 @@ from starlette.websockets import WebSocket
 from realtime_bridge.auth import bearer, require_claims
 from realtime_bridge.errors import NotFoundError, UnauthorizedError
 from realtime_bridge.metrics import CONTENT_TYPE
+from realtime_bridge.rest.origins import guarded_route, preflight
 from realtime_bridge.rest.posts import posts_router
-from realtime_bridge.rest.problems import ProblemRoute, problem
+from realtime_bridge.rest.problems import problem
 
 if TYPE_CHECKING:
     from realtime_bridge.bridge import Bridge
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 def make_router(bridge: "Bridge") -> APIRouter:
     """The router of one bridge. Every answer that is an error is `application/problem+json`."""
-    router = APIRouter(route_class=ProblemRoute)
+    route_class = guarded_route(bridge.allows)
+    router = APIRouter(route_class=route_class)
+    preflights = ["/events", "/ticket"]
 
     @router.websocket("/ws")
     async def websocket(websocket: WebSocket) -> None:
@@ -65,9 +68,13 @@ def make_router(bridge: "Bridge") -> APIRouter:
 
     _add_pages(router, bridge)
     if bridge.settings.database_url is not None:
+        caller = require_claims(bridge.verifier)
         router.include_router(
-            posts_router(lambda: bridge.database, require_claims(bridge.verifier), lambda: bridge.running.hub.position)
+            posts_router(lambda: bridge.database, caller, lambda: bridge.running.hub.position, route_class)
         )
+        preflights += ["/posts", "/posts/{id}"]
+    for path in preflights:
+        router.add_api_route(path, preflight, methods=["OPTIONS"], include_in_schema=False)
     return router
 
 

@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     )
     roles: CommaSeparated = Field(("anon", "authenticated"), description="Roles that may connect.")
     allowed_origins: CommaSeparated = Field(
-        (), description="Comma-separated origins; `*` allows all; empty: the same host only."
+        (), description="Comma-separated origins of pages besides the same host's; `*` allows all."
     )
     token_in_query: bool = Field(True, description="Accept `?token=`.")
     audience: str = Field("authenticated", description="Required `aud`.")

@@ -86,6 +86,7 @@ def posts_router(
     database: Callable[[], Database],
     verifier_dependency: Callable[..., Awaitable[Claims]],
     position: Callable[[], str],
+    route_class: type[ProblemRoute] = ProblemRoute,
 ) -> APIRouter:
     """The routes of `/posts`.
 
@@ -94,9 +95,10 @@ def posts_router(
         verifier_dependency: gives the caller's claims, as `auth.require_claims` makes one.
         position: where this process stands in the history. It is asked before a read's transaction begins, so that
             the read shows at least everything up to there, and following from there misses nothing.
+        route_class: of every route.
     """
     router = APIRouter(
-        prefix="/posts", tags=["posts"], route_class=ProblemRoute, dependencies=[Depends(HTTPBearer(auto_error=False))]
+        prefix="/posts", tags=["posts"], route_class=route_class, dependencies=[Depends(HTTPBearer(auto_error=False))]
     )
     Caller = Annotated[Claims, Depends(verifier_dependency)]  # noqa: N806  (a type, if a local one)
 

@@ -33,7 +33,7 @@ _MOST_COMPLAINTS: Final = 5
 _LONGEST_NAME: Final = 40
 """Characters of a field's name that are repeated: an unknown field's is whatever was sent."""
 
-_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -68,7 +68,7 @@ def problem_of(error: Exception) -> Response:
 class ProblemRoute(APIRoute):
     """A route that answers its own errors, wherever its router is included, and refuses too large bodies."""
 
-    def get_route_handler(self) -> _Handler:
+    def get_route_handler(self) -> Handler:
         handler = super().get_route_handler()
 
         async def answer(request: Request) -> Response:

@@ -9,7 +9,7 @@ Layer: edges. May import: everything above.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import time
@@ -91,13 +91,11 @@ class EventsEndpoint:
     """Serves `/events`.
 
     Attributes:
-        allowed: whether an Origin header may ask a host.
         draining: set when the process is being stopped: polls that wait are then answered.
     """
 
     hub: Hub
     credentials: Credentials
-    allowed: Callable[[str | None, str | None], bool]
     draining: asyncio.Event
     send_buffer_bytes: int
 
@@ -107,8 +105,6 @@ class EventsEndpoint:
         Raises:
             BridgeError: mapped to a problem response by the route.
         """
-        if not self.allowed(request.headers.get("origin"), request.headers.get("host")):
-            raise ForbiddenError("origin not allowed")
         interest = Interest.parse(request.query_params, self.hub.tables)
         wait = _number(request, "wait", 25.0, MAX_WAIT_SECONDS)
         limit = max(1, int(_number(request, "limit", 500, MAX_LIMIT)))

@@ -28,17 +28,17 @@ FAST = ["--ws", f"{CLASSES}BridgeWebSocketProtocol", "--http", f"{CLASSES}Bridge
 
 
 @asynccontextmanager
-async def own_application(database: str, namespace: str, *arguments: str) -> AsyncIterator[str]:
-    """`uvicorn examples.own_app:app` as its docstring says: its address."""
+async def own_application(database: str, namespace: str, *arguments: str, **settings: str) -> AsyncIterator[str]:
+    """`uvicorn examples.own_app:app`, with an access log: its address. No credential may be in what it prints."""
     with reserve_port() as held:
         port = held.getsockname()[1]
     await ensure_publication(database, PUBLICATION, ["public.posts"])
-    given = environment(database, BRIDGE_SLOT=namespace.replace("-", "_"))
+    given = environment(database, BRIDGE_SLOT=namespace.replace("-", "_"), **settings)
     command = [sys.executable, "-m", "uvicorn", "examples.own_app:app", "--port", str(port), *arguments]
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        *command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert process.stderr is not None
+    assert process.stdout is not None
     url = f"http://127.0.0.1:{port}"
 
     async def is_ready() -> bool:
@@ -53,10 +53,12 @@ async def own_application(database: str, namespace: str, *arguments: str) -> Asy
         yield url
     finally:
         process.terminate()
-        errors = await process.stderr.read()
+        printed = await process.stdout.read()
         await process.wait()
-    assert b"Traceback" not in errors, errors.decode()
-    assert b"eyJ" not in errors
+    assert b"Traceback" not in printed, printed.decode()
+    assert b"GET /readyz" in printed
+    for credential in (b"eyJ", b"token=", b"ticket="):
+        assert credential not in printed
 
 
 @pytest.mark.parametrize("arguments", [[], FAST], ids=["plain", "fast"])
@@ -81,3 +83,25 @@ async def test_an_application_of_ones_own_carries_the_bridge(
             connection = await asyncpg.connect(database)
             assert await connection.fetchval("select count(*) from posts") == 2
             await connection.close()
+
+
+@pytest.mark.parametrize("arguments", [[], FAST], ids=["plain", "fast"])
+async def test_a_page_of_another_host_uses_a_ticket_there(arguments: list[str], database: str, namespace: str) -> None:
+    app = "https://app.example.com"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    async with (
+        own_application(database, namespace, *arguments, BRIDGE_ALLOWED_ORIGINS=app) as url,
+        httpx.AsyncClient(base_url=url, headers={"Origin": app}) as page,
+    ):
+        for path in ("/ticket", "/posts"):
+            assert (await page.options(path, headers=asked)).headers["access-control-allow-origin"] == app
+        answers = [await page.post("/ticket", headers=bearer(token(ADA))) for _ in range(2)]
+        assert {answer.headers["access-control-allow-origin"] for answer in answers} == {app}
+        for_socket, for_stream = (answer.json()["ticket"] for answer in answers)
+        async with open_socket(url, None, ticket=for_socket) as socket:
+            assert (await receive(socket))["type"] == "ready"
+        for ticket, status in [(for_socket, 401), (for_stream, 200)]:
+            accept = {"Accept": "text/event-stream"}
+            async with page.stream("GET", "/events", params={"ticket": ticket}, headers=accept) as stream:
+                assert stream.status_code == status
+                assert stream.headers["access-control-allow-origin"] == app

@@ -109,6 +109,7 @@ async def test_a_ticket_is_given_for_a_token_that_holds(database: str, namespace
             (bearer("garbage"), 401, "malformed"),
             (bearer(token(ADA, ttl=-1)), 401, "expired"),
             (bearer(token(ADA, role="postgres")), 403, "role"),
+            (bearer(token(ADA)) | {"Origin": "https://evil.example"}, 403, "origin"),
         ]
         for headers, status, words in refusals:
             refused = await http.post("/ticket", headers=headers)

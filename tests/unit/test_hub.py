@@ -504,7 +504,7 @@ async def poll(world: World, user: str, position: str | None, *, limit: int = 50
         await asyncio.Event().wait()
 
     request = Request({"type": "http", "method": "GET", "headers": [], "query_string": b""}, receive)
-    endpoint = EventsEndpoint(world.hub, None, lambda *_: True, asyncio.Event(), 65_536)  # type: ignore[arg-type]
+    endpoint = EventsEndpoint(world.hub, None, asyncio.Event(), 65_536)  # type: ignore[arg-type]
     answer = await endpoint._poll(request, claims(user), Interest((POSTS, NOTES), position), wait, limit)
     message: Message = orjson.loads(answer.body)
     return message
