@@ -1,4 +1,4 @@
-"""The command line: `realtime-bridge serve | dev | check | token | teardown`.
+"""The command line: `realtime-bridge serve | dev | check | token | tail | teardown`.
 
 Exit status: 0 done, 1 it failed, 2 bad usage or configuration (typer's own word for bad usage, too).
 """
@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from realtime_bridge.cli import check, dev, serve, teardown, token
+from realtime_bridge.cli import check, dev, serve, tail, teardown, token
 from realtime_bridge.errors import BridgeError, ConfigurationError
 
 cli = typer.Typer(
@@ -17,7 +17,7 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve.serve, dev.dev, check.check, token.token, teardown.teardown):
+for command in (serve.serve, dev.dev, check.check, token.token, tail.tail, teardown.teardown):
     cli.command()(command)
 
 

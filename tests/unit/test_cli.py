@@ -41,7 +41,7 @@ def bridge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 # -- usage -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["serve", "dev", "check", "token", "teardown"])
+@pytest.mark.parametrize("command", ["serve", "dev", "check", "token", "tail", "teardown"])
 def test_every_command_explains_itself(command: str, bridge: CommandLine) -> None:
     status, out, _ = bridge(command, "--help")
     assert status == 0
@@ -62,6 +62,7 @@ def test_every_command_explains_itself(command: str, bridge: CommandLine) -> Non
         ["dev", "--users", "0"],
         ["token"],
         ["token", "--sub", "ada", "--ttl", "0"],
+        ["tail", "--token", "abc", "--url", "ftp://example.com"],
     ],
 )
 def test_bad_usage_exits_with_2_and_says_so_on_standard_error(arguments: list[str], bridge: CommandLine) -> None:
@@ -87,6 +88,14 @@ def test_an_unknown_setting_exits_with_2_whatever_the_command(
 ) -> None:
     monkeypatch.setenv("BRIDGE_COLOUR", "blue")
     assert bridge(*command) == (2, "", "realtime-bridge: BRIDGE_COLOUR is not a setting of this bridge.\n")
+
+
+def test_tail_needs_a_token_and_none_of_the_settings(bridge: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REALTIME_BRIDGE_TOKEN", raising=False)
+    status, out, err = bridge("tail")
+    assert (status, out) == (2, "")
+    assert err.startswith("realtime-bridge: REALTIME_BRIDGE_TOKEN or --token is missing")
+    assert err.count("\n") == 1
 
 
 def test_several_workers_need_redis(bridge: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
