@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from io import TextIOWrapper
 from typing import Annotated, Any, Final, NoReturn, TypeAlias
 from urllib.parse import urlencode, urlsplit
 
@@ -317,6 +318,8 @@ def say(sentence: str) -> None:
 
 def show_on_terminal() -> Show:
     """A `Show` that writes lines in colours."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a row may hold what the terminal's encoding does not
     console = Console(highlight=False, soft_wrap=True)
 
     def show(raw: bytes, message: Message) -> None:

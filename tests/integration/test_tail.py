@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import ssl
 import struct
 import subprocess
 import sys
@@ -14,11 +15,17 @@ import termios
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, Any
 
 import asyncpg
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from realtime_bridge.dev.processes import reserve_port
 from realtime_bridge.sources.postgres import ensure_publication
@@ -212,6 +219,54 @@ async def test_only_what_matches_the_filter_is_shown(database: str, tmp_path: Pa
             await tail.has(["one", "three"])
 
 
+@asynccontextmanager
+async def secured(port: int, folder: Path) -> AsyncIterator[str]:
+    """The https address of a relay to a port; its certificate, which nobody knows yet, is in the folder."""
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bridge")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, None)
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(private)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+
+    async def carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                target.write(data)
+        target.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, there = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(carry(reader, there), carry(back, writer))
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context) as server:
+        yield f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_https_is_followed_where_the_certificate_holds_and_nowhere_else(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bridge_on(database) as bridge, connected(database) as db, secured(bridge.port, tmp_path) as url:
+        position = (await start_of(bridge))[-1]
+        await insert(db, "secret")
+        with tailing(tmp_path, "--url", url) as stranger:
+            assert await stranger.ended() == 1
+        assert re.fullmatch(r"realtime-bridge: no connection: .*certificate verify failed.*\n", stranger.errors)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+        with tailing(tmp_path, "--url", url, "--position", position) as tail:
+            await tail.has(["secret"])
+            assert await tail.ended(signal.SIGINT) == 0
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +420,20 @@ async def test_a_terminal_shows_colours_and_no_row_can_write_to_it(database: str
     assert all(line.isprintable() for line in plain.split("\n"))
     assert r'title="\u001b]0;owned\u0007\u001b[2J\u202e\x9b31m" → "tame"' in plain
     assert POSITION.search(tail.errors)
+
+
+async def test_a_terminal_of_few_letters_shows_the_others_escaped(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    terminal = Terminal()
+    async with bridge_on(database) as bridge, connected(database) as db:
+        with tailing(tmp_path, *await start_of(bridge), output=terminal.end) as tail:
+            os.close(terminal.end)
+            await insert(db, "é")
+            await eventually(lambda: r'"\xe9"' in terminal.content, 30)
+            assert await tail.ended(signal.SIGINT) == 0
+        terminal.close()
 
 
 async def test_a_terminal_that_goes_away_ends_it(database: str, tmp_path: Path) -> None:
