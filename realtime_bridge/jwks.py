@@ -195,6 +195,23 @@ class JwksKeySet:
         found = choose(self._keys, kid, algorithm)
         return found if found is not None else await self._look_again(kid, algorithm)
 
+    async def read(self) -> tuple[Sequence[Key], Sequence[str]]:
+        """The keys that are published now, and why each of the others is of no use; verifies nothing by them.
+
+        Raises:
+            UnavailableError: they cannot be fetched; the reason quotes nothing of what came.
+        """
+        if self._client is None:
+            raise UnavailableError("the keys that verify tokens are fetched only while the bridge runs")
+        try:
+            async with asyncio.timeout(self._timeout):
+                status, document = await _get(self._client, self._url)
+            if status != httpx.codes.OK:
+                raise ValueError(f"status {status}")
+            return parse_jwks(document)
+        except (httpx.HTTPError, TimeoutError, ValueError) as error:
+            raise UnavailableError(str(error) or type(error).__name__) from None
+
     async def _look_again(self, kid: str | None, algorithm: str) -> PublicKey:
         async with self._fetching:
             found = choose(self._keys, kid, algorithm)
@@ -213,20 +230,15 @@ class JwksKeySet:
 
     async def _fetch(self) -> None:
         """Replace the keys by those that are published now; failing that, keep them. The caller holds the lock."""
-        if self._client is None:
-            raise UnavailableError("the keys that verify tokens are fetched only while the bridge runs")
         self.fetches += 1
         self._failures_in_a_row += 1  # until it has succeeded; one that is given up has not
         try:
-            async with asyncio.timeout(self._timeout):
-                status, document = await _get(self._client, self._url)
-            if status != httpx.codes.OK:
-                raise ValueError(f"status {status}")
-            self._keys, ignored = parse_jwks(document)
-        except (httpx.HTTPError, TimeoutError, ValueError) as error:
+            self._keys, ignored = await self.read()
+        except UnavailableError as error:
             self.failures += 1
-            reason = str(error) or type(error).__name__
-            self._teller.tell(None, logging.WARNING, "public keys cannot be fetched", url=self._url, reason=reason)
+            self._teller.tell(
+                None, logging.WARNING, "public keys cannot be fetched", url=self._url, reason=error.detail
+            )
             return
         self._failures_in_a_row = 0
         kids = [key.kid for key in self._keys]

@@ -15,12 +15,12 @@ Layer: whole. May import: everything but cli and app.
 """
 
 from realtime_bridge.bridge import make_source
-from realtime_bridge.checks.finding import Finding, failed, find
+from realtime_bridge.checks.finding import Finding, failed
 from realtime_bridge.checks.fixes import apply_fixes
 from realtime_bridge.checks.postgres import look_at_postgres
 from realtime_bridge.checks.redis import look_at_redis
 from realtime_bridge.checks.supabase import look_at_supabase
-from realtime_bridge.checks.tokens import TOKEN_CHECKS
+from realtime_bridge.checks.tokens import look_at_tokens
 from realtime_bridge.settings import Settings
 
 __all__ = ["Finding", "apply_fixes", "failed", "run_checks"]
@@ -34,8 +34,8 @@ async def run_checks(settings: Settings) -> list[Finding]:
     """
     settings.require()
     source = make_source(settings, None)
-    findings = [Finding("settings", "ok", "The settings are understood."), *find(TOKEN_CHECKS, settings)]
+    findings = [Finding("settings", "ok", "The settings are understood."), *await look_at_tokens(settings)]
     findings += await look_at_postgres(settings, source)
     if settings.source_kind == "supabase":
-        findings += await look_at_supabase(settings, source)
+        findings += await look_at_supabase(settings)
     return findings + await look_at_redis(settings)

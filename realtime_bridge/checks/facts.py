@@ -18,6 +18,8 @@ from asyncpg.pool import PoolConnectionProxy
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 
 OLDEST_VERSION: Final = 15
+SUPABASE_PUBLICATION: Final = "supabase_realtime"
+"""What Supabase's own Realtime reads."""
 
 
 @dataclass(frozen=True, slots=True)

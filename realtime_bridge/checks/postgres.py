@@ -10,6 +10,7 @@ from typing import Final
 
 from realtime_bridge.bridge import make_policy
 from realtime_bridge.checks.facts import (
+    SUPABASE_PUBLICATION,
     Facts,
     Role,
     Server,
@@ -37,8 +38,6 @@ from realtime_bridge.errors import BridgeError, ConfigurationError, SourceError
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.base import Source
 
-SUPABASE_PUBLICATION: Final = "supabase_realtime"
-"""What Supabase's own Realtime reads."""
 _CONNECTIONS: Final = 2
 _NO_ENGINE: Final = "the policies cannot be used"
 

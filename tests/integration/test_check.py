@@ -17,17 +17,14 @@ from realtime_bridge.checks import Finding, apply_fixes, failed, run_checks
 from realtime_bridge.dev.engines import EmbeddedPostgres, EmbeddedValkey
 from realtime_bridge.dev.processes import reserve_port
 from realtime_bridge.dev.schema import install_schema
-from realtime_bridge.dev.supabase import LocalSupabase
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication
 from tests.bridges import PUBLICATION, environment
-from tests.services import SECRET, PgBouncer, eventually, running, token
+from tests.services import SECRET, PgBouncer, eventually, running
 
 pytestmark = pytest.mark.integration
 
 TABLE = "public.posts"
-SERVICE_KEY = token(None, role="service_role")
-ANON_KEY = token(None, role="anon")
 
 
 def settings_for(database: str | None, namespace: str = "test-check", **fields: Any) -> Settings:
@@ -458,37 +455,6 @@ async def test_checking_leaves_no_key_in_redis(published: str, redis_url: str, n
         await eventually(is_empty)
     finally:
         await client.aclose()
-
-
-# -- Supabase ----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_supabase_project_is_looked_at(database: str) -> None:
-    async with LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key=ANON_KEY) as project:
-        supabase = {"source": "supabase", "supabase_url": project.url, "supabase_key": SERVICE_KEY}
-        found = await look(database, **supabase)
-        assert not failed(found.values())
-        assert found["realtime"].status == "ok"
-        assert "supabase_realtime" in found["publication"].detail
-        assert "slot" not in found
-        assert await apply_fixes(settings_for(database, **supabase)) == ([], [])
-
-        wrong = await look(database, **{**supabase, "supabase_key": ANON_KEY})
-        assert wrong["supabase_key"].status == "problem"
-        assert wrong["realtime"].status == "skipped"
-
-        await execute(database, "alter publication supabase_realtime drop table posts")
-        unpublished = (await look(database, **supabase))[f"published {TABLE}"]
-        assert unpublished.status == "problem"
-        assert "--fix" not in unpublished.detail, "that publication is not ours to change"
-        await execute(database, unpublished.fix)
-
-        other = await look(database, **{**supabase, "supabase_key": token(None, role="service_role", exp=2**33)})
-        assert other["realtime"].status == "problem"
-
-        alone = await look(None, **supabase, policies=orjson.dumps({TABLE: "is_public"}).decode())
-        assert not failed(alone.values())
-        assert (alone["database"].status, alone["policies"].status) == ("skipped", "ok")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

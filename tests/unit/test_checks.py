@@ -11,9 +11,11 @@ from realtime_bridge.checks.facts import Access, Facts, Publication, Role, Serve
 from realtime_bridge.checks.finding import Outcome, failed, find, ok, problem, skip, softened, warning
 from realtime_bridge.checks.redis import RedisFacts, redis_clock, redis_persistence, redis_version
 from realtime_bridge.checks.server import postgres_version, replication_slots, slot, slot_lag, wal_senders
-from realtime_bridge.checks.supabase import SUPABASE_CHECKS
+from realtime_bridge.checks.supabase import SUPABASE_CHECKS, Answer, realtime, refused_table, rest, rest_table
 from realtime_bridge.checks.tables import grant, policy
-from realtime_bridge.checks.tokens import jwt_secret
+from realtime_bridge.checks.tokens import jwks, jwt_secret
+from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.jwks import parse_jwks
 from realtime_bridge.settings import Settings
 from tests.services import SECRET, token
 
@@ -216,6 +218,8 @@ PROJECT = "https://abcdef.supabase.co"
         (PROJECT, "sb_secret_123", {"supabase_url": "ok", "supabase_key": "ok"}),
         (PROJECT, "sb_publishable_123", {"supabase_url": "ok", "supabase_key": "problem"}),
         (PROJECT, "something", {"supabase_url": "ok", "supabase_key": "warning"}),
+        (PROJECT, "sb_secret_\N{CYRILLIC SMALL LETTER A}", {"supabase_url": "ok", "supabase_key": "problem"}),
+        (PROJECT, "sb_secret_1\nsb_secret_2", {"supabase_url": "ok", "supabase_key": "problem"}),
         (PROJECT, token(None, "anon"), {"supabase_url": "ok", "supabase_key": "problem"}),
         (PROJECT, token("ada"), {"supabase_url": "ok", "supabase_key": "problem"}),
         (PROJECT, token(None, "service_role", ttl=-1), {"supabase_url": "ok", "supabase_key": "problem"}),
@@ -239,3 +243,76 @@ def test_address_and_key_of_a_project_are_told_apart(url: str, key: str, expecte
     findings = find(SUPABASE_CHECKS, Settings.load(env_file=None, whole=False, supabase_url=url, supabase_key=key))
     assert {finding.name: finding.status for finding in findings} == expected
     assert key not in str(findings)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (Answer("public.posts", 200), "ok"),
+        (Answer("public.posts", 404), "ok"),
+        (Answer("public.posts", None, "timed out"), "problem"),
+        (Answer("public.posts", 401, "status 401: Legacy API keys are disabled"), "problem"),
+        (Answer("public.posts", 503), "problem"),
+        (Answer("public.posts", 540), "problem"),
+    ],
+)
+def test_rest_has_to_answer_and_to_take_the_key(answer: Answer, expected: str) -> None:
+    outcome = rest([Answer("public.notes", 200), answer])
+    assert (outcome.status, answer.told in outcome.detail) == (expected, expected != "ok" or not answer.told)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected", "fix"),
+    [
+        (200, "ok", ""),
+        (402, "warning", ""),
+        (403, "problem", 'GRANT SELECT ON "app"."posts" TO service_role;'),
+        (404, "warning", "NOTIFY pgrst, 'reload schema';"),
+        (406, "warning", ""),
+    ],
+)
+def test_a_table_that_rest_does_not_show_is_told_with_what_mends_it(status: int, expected: str, fix: str) -> None:
+    outcome = rest_table(Answer("app.posts", status, f"status {status}"))
+    assert outcome.status == expected
+    assert outcome.fix.endswith(fix)
+
+
+def test_the_table_that_realtime_refuses_is_read_from_its_words() -> None:
+    refusal = (
+        "Unable to subscribe to changes with given parameters. Please check Realtime is enabled for the given connect "
+        "parameters: [event: *, schema: public, table: posts, filters: [], select: nil]"
+    )
+    assert refused_table(refusal) == "public.posts"
+    exception = (
+        "An exception happened so please check your connect parameters: [event: *, schema: public, table: posts]"
+    )
+    assert refused_table(exception) == ""
+    assert refused_table("None") == ""
+
+
+def test_a_realtime_that_does_not_subscribe_is_a_problem_whatever_the_reason() -> None:
+    assert realtime(None).status == "ok"
+    for error in (ConfigurationError("SUPABASE_KEY: the project refuses this key"), SourceError("disconnected")):
+        outcome = realtime(error)
+        assert (outcome.status, str(error) in outcome.detail) == ("problem", True)
+
+
+@pytest.mark.parametrize(
+    ("secret", "project", "document", "expected"),
+    [
+        (SECRET, True, b'{"keys":[]}', "ok"),
+        (SECRET, True, b'{"keys":[{"kty":"oct"}]}', "warning"),
+        (None, True, b'{"keys":[]}', "warning"),
+        (None, True, b'{"keys":[{"kty":"oct"}]}', "warning"),
+        (None, False, b'{"keys":[]}', "problem"),
+    ],
+)
+def test_without_a_public_key_it_depends_on_what_stands_in_for_it(
+    secret: str | None, project: bool, document: bytes, expected: str
+) -> None:
+    fields = {"supabase_url": PROJECT, "supabase_key": "sb_secret_1"} if project else {"supabase_jwks_url": PROJECT}
+    settings = Settings.load(env_file=None, whole=False, supabase_jwt_secret=secret, **fields)
+    outcome = jwks(settings, *parse_jwks(document))
+    assert outcome.status == expected
+    assert bool(outcome.fix) is (secret is None)
+    assert ("kty or crv is not accepted" in outcome.detail) is (b"oct" in document)
