@@ -1,7 +1,6 @@
 """Fixtures of the whole suite: engines once a run, a database and a namespace of its own for every test."""
 
 import asyncio
-import itertools
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,14 +11,13 @@ from hypothesis import settings
 
 from realtime_bridge.dev.engines import EmbeddedPostgres, EmbeddedValkey
 from realtime_bridge.dev.schema import install_schema
-from tests.services import drop_database, running
+from tests.services import fresh_databases, running
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 _TEMPLATE = "bridge_template"
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -45,18 +43,8 @@ def _template(postgres: EmbeddedPostgres) -> str:
 @pytest.fixture
 def make_database(postgres: EmbeddedPostgres, _template: str) -> Iterator[Callable[[], str]]:
     """Makes databases with the sample schema and returns their addresses; all are dropped after the test."""
-    with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
-        made: list[str] = []
-
-        def make() -> str:
-            name = f"test_{os.getpid()}_{next(_numbers)}"
-            admin.execute(f"create database {name} template {_template}".encode())
-            made.append(name)
-            return postgres.dsn(name)
-
+    with fresh_databases(postgres, _template) as make:
         yield make
-        for name in made:
-            drop_database(admin, name)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import itertools
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import jwt
 import psycopg
 import pytest
 
+from realtime_bridge.dev.engines import EmbeddedPostgres
 from realtime_bridge.dev.processes import EmbeddedServer
 from realtime_bridge.errors import ConfigurationError
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=EmbeddedServer)
 
 SECRET = "a-secret-for-tests-only-of-more-than-32-bytes"
+_numbers = itertools.count(1)
 
 
 def unavailable(reason: str) -> NoReturn:
@@ -57,6 +60,23 @@ def drop_database(admin: psycopg.Connection, name: str) -> None:
             time.sleep(0.01)
         else:
             return
+
+
+@contextmanager
+def fresh_databases(postgres: EmbeddedPostgres, template: str) -> Iterator[Callable[[], str]]:
+    """Makes databases with the sample schema and returns their addresses; all are dropped at the end."""
+    with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
+        made: list[str] = []
+
+        def make() -> str:
+            name = f"test_{os.getpid()}_{next(_numbers)}"
+            admin.execute(f"create database {name} template {template}".encode())
+            made.append(name)
+            return postgres.dsn(name)
+
+        yield make
+        for name in made:
+            drop_database(admin, name)
 
 
 @overload

@@ -8,7 +8,7 @@ export type TransportName = "websocket" | "sse" | "longpoll";
  *   nothing
  * - `behind`: connected, but still reading or loading, or `completeUntil` has stood still for more than 30 s (or for a
  *   ping's time and ten seconds, if that is more)
- * - `offline`: an attempt has failed and the next will be made by itself; or closed; or `error` says why it gave up
+ * - `offline`: an attempt has failed and the next will be made by itself; or closed; or it gave up (see `error`)
  * - `unauthorized`: two tokens in a row were refused, there is none, or the bridge refused role or origin. Nothing is
  *   tried any more until `reconnect()`
  */
@@ -39,24 +39,19 @@ export interface Bridge {
   readonly status: Status;
   /** What carries the messages now; null while nothing does. */
   readonly transport: TransportName | null;
-  /** The newest position the bridge has told by itself, to show. Each copy has one of its own to go on from. */
-  readonly position: string | null;
   /** The time (ISO 8601) up to which the bridge has proven that it missed nothing. */
   readonly completeUntil: string | null;
-  /** Why it gave up, if it did. */
+  /** Why the last connection, or attempt at one, came to nothing; null while there is one. */
   readonly error: BridgeError | null;
 
   /** Both return a function that ends the listening. `error`: it gave up, or something that was said was refused. */
   on(name: "status", listener: (status: Status) => void): () => void;
   on(name: "error", listener: (error: BridgeError) => void): () => void;
 
-  /**
-   * A copy of what the user sees of a table (`schema.table`, or `table` for one in `public`), kept up to date.
-   * Copies of one table and filter share a subscription.
-   */
+  /** A copy of what the user sees of a table (`schema.table`, or `table` for one in `public`), kept up to date. */
   live<Row extends object, Key = RowKey>(table: string, options: LiveOptions<Row>): Live<Row, Key>;
 
-  /** Connect anew, now: when somebody has signed in again, or any time. */
+  /** Give the connection up, if there is one, and make another now: when somebody has signed in again, or any time. */
   reconnect(): void;
 
   /** End everything, copies included. No timer and no connection is left. */
@@ -72,17 +67,16 @@ export interface LiveOptions<Row extends object> {
   /** The primary key: one column or several. "id" if left out. */
   key?: (keyof Row & string) | readonly (keyof Row & string)[];
   /**
-   * Read the rows, from the primary database, as the user. Called when following has begun, after every `resync`, and
-   * again (with backoff) if it fails or takes more than a minute. The signal tells that the answer is not wanted any
-   * more. Rows that are older than the call (from a replica, a cache, a page made on a server) have to say their
-   * position, as `GET /posts` does in `Realtime-Position`: they are then followed from there.
+   * Read the rows, from the primary database, as the user (and with the filter). Called when following has begun, after
+   * every `resync`, and again (with backoff) if it fails or takes more than a minute. What it answers must not be older
+   * than the call: no cache, no replica. The signal tells that the answer is not wanted any more.
    */
-  load: (context: { signal: AbortSignal }) => Promise<Loaded<Row>> | Loaded<Row>;
+  load: (context: { signal: AbortSignal }) => Promise<Iterable<Row>> | Iterable<Row>;
 }
 
-export type Loaded<Row> = Iterable<Row> & { position?: undefined } | { rows: Iterable<Row>; position?: string | null };
-
 export interface Live<Row extends object, Key = RowKey> {
+  readonly table: string;
+  readonly filter: string | null;
   /** Always the same map: by key, in the order of loading and then of appearing. */
   readonly rows: Map<Key, Row>;
   /** Whether the rows were loaded yet. */
@@ -128,10 +122,4 @@ export function fold<Row extends object, Key>(
   keyOf: (row: Partial<Row>) => Key,
 ): void;
 
-/** Server-Sent Events out of text in pieces of any size. */
-export class EventParser {
-  /** What `retry:` said, if no event came after it. */
-  readonly retryMs: number | undefined;
-  /** The `data` of every event that is complete with this piece. */
-  push(text: string): string[];
-}
+export {}; // what is not said to be exported is not

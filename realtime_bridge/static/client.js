@@ -5,10 +5,14 @@
  *     const posts = bridge.live("public.posts", { load: async () => rows });
  *     posts.on("change", ({ rows }) => draw(rows.values()));
  *
- * Who does what: a `Live` is one folded copy. A `Feed` is what several copies of the same table and filter share: the
- * place in the history up to which everything was taken in. A `Link` carries feeds over one transport and knows nothing
- * of what they bring. The `Bridge` has one link at a time, makes the next when that is lost, and lets each feed go on
- * from its own position. docs/protocol.md is what is spoken; client.d.ts describes what is exported.
+ * Who does what: a `Live` is one folded copy, and the place in the history up to which it has taken everything in. A
+ * `Link` carries copies over one transport and knows nothing of what they are brought. The `Bridge` has one link at a
+ * time, makes the next when that is lost, and lets each copy go on from its own position. docs/protocol.md is what is
+ * spoken; client.d.ts describes what is exported.
+ *
+ * No token is ever part of an address: it is a WebSocket's first message, and a header of every request. Streams are
+ * read with `fetch` and not with `EventSource`, which can send no header, hides why it was refused, and comes back
+ * with what it was made with, while here every connection begins with a fresh token and a copy's own position.
  *
  * @module
  */
@@ -19,16 +23,18 @@ const STABLE_MS = 10_000; // a link that lived so long makes the next wait start
 const ANSWER_MS = 5_000; // for a sign of life that was asked for
 const OPEN_MS = 10_000; // from asking for a token to the first message
 const TICK_MS = 5_000;
-const STANDSTILL_MS = 30_000; // `completeUntil` may stand still so long, or a ping's time and ten seconds if that is more
+const LATE_MS = 10_000; // a ping may be
+const STANDSTILL_MS = 30_000; // `completeUntil` may be, or until a ping is late
 const UPGRADE_MS = 60_000; // on a fallback: until the better transports are tried again, doubled with every failure
 const MOST_UPGRADE_MS = 600_000;
 const LOAD_MS = 60_000;
 const RENEW_MS = 5_000; // between two calls of `token` for one connection
-const OWN_CONNECTIONS = 4; // of the six that HTTP/1.1 browsers open to a host; one more is shared, one left for the page
+const OWN_CONNECTIONS = 4; // of the six that browsers open to a host; one more is shared, and one left for the page
 const POLL_SECONDS = 25;
 
-const NEVER_AGAIN = new Set([1007, 1009, 4400, 4403, 4413]);
-const ANSWERED = new Set([1001, 1011, 1012, 1013]); // with those above 4000: the transport works, it is the bridge that says no
+const NEVER_AGAIN = new Set([1007, 1009, 4400, 4413]); // besides 4403
+const ANSWERED = new Set([1001, 1011, 1012, 1013]); // and all above 4000: the transport works, the bridge says no
+const OF_LINK = new Set([4401, 4408, 4429]); // what else an HTTP request is refused for has to do with one copy
 
 /**
  * Connect to a bridge. Returns at once; `bridge.status` and `bridge.on("status", f)` tell how it goes.
@@ -63,7 +69,7 @@ class Emitter {
   }
 
   /** A listener that throws is reported like any uncaught error of a page, and disturbs nobody else. */
-  emit(name, value) {
+  _emit(name, value) {
     for (const listener of [...(this.#listeners.get(name) ?? [])]) {
       try {
         listener(value);
@@ -74,39 +80,80 @@ class Emitter {
   }
 }
 
-/** A folded copy of what one user sees of a table. */
+/**
+ * A folded copy of what one user sees of a table, or of the part of it that a filter selects.
+ *
+ * Links call the methods that begin with `_`; the owner has `changed()` and `closed(live)`.
+ */
 class Live extends Emitter {
   rows = new Map();
   loaded = false; // once
   stale = true; // until the next load is done
-  #feed; #load; #keyOf; #timer; #loading; #buffer;
+  position = null; // everything up to it was taken in
+  _settled = false; // whether the link of now has brought everything there was; set back with every new link
+  #refused = false;
+  #owner; #load; #keyOf; #timer; #loading; #buffer;
 
-  constructor(feed, { key = "id", load }) {
+  constructor(table, { filter, key = "id", load }, owner) {
     super();
-    this.#feed = feed;
+    this.table = table;
+    this.filter = filter || null;
+    this.#owner = owner;
     this.#load = load;
     this.#keyOf = Array.isArray(key) ? (row) => JSON.stringify(key.map((column) => row[column])) : (row) => row[key];
   }
 
-  get position() { return this.#feed.position; }
-
   close() {
     this.#stopLoading();
-    this.#feed.leave(this);
+    this.#owner.closed(this);
+  }
+
+  get _isCurrent() { return this.#refused || (this._settled && !this.stale); }
+
+  /** It is being sent. One that resumes keeps its own position: a `resync` may be on its way. */
+  _started(position) {
+    this.#refused = false;
+    if (this.position !== null) return;
+    this.position = position;
+    this.#reload(0);
+  }
+
+  _take(message) {
+    this.position = message.position;
+    if (message.type === "resync") {
+      this.#reload(message.after_ms ?? 0);
+      return this.#owner.changed();
+    }
+    this.#buffer?.push(message);
+    if (!this.loaded) return;
+    fold(this.rows, message, this.#keyOf);
+    this._emit("change", { rows: this.rows, change: message });
+  }
+
+  /** Everything up to a position was brought. */
+  _reached(position) {
+    this.position = position;
+    this._settled = true;
+    this.#owner.changed();
+  }
+
+  /** Returns whether to ask once more: without the position, if that may be what the bridge did not understand. */
+  _refuse(code, detail) {
+    if (code === 4400 && this.position !== null) {
+      this.position = null;
+      return true;
+    }
+    this.#refused = true;
+    this._emit("error", { code, detail });
+    this.#owner.changed();
+    return false;
   }
 
   /** Read the table (again). What was loaded before stays, and stays live, until then. */
-  reload(afterMs, failures = 0) {
+  #reload(afterMs, failures = 0) {
     this.#stopLoading();
     this.stale = true;
     this.#timer = setTimeout(() => this.#read(failures), afterMs);
-  }
-
-  take(change) {
-    this.#buffer?.push(change);
-    if (!this.loaded) return;
-    fold(this.rows, change, this.#keyOf);
-    this.emit("change", { rows: this.rows, change });
   }
 
   #stopLoading() {
@@ -115,119 +162,34 @@ class Live extends Emitter {
     this.#loading = this.#buffer = undefined;
   }
 
-  /** What the feed has brought before this moment is in the answer; what it brings from now on is applied on top. */
+  /** Everything up to the position of this moment is in the answer; what comes from now on is applied on top. */
   async #read(failures) {
     const loading = (this.#loading = new AbortController());
     const buffer = (this.#buffer = []);
-    const since = this.#feed.position;
     const failed = (error) => {
       if (this.#loading !== loading) return;
-      this.reload(backoff(failures), failures + 1);
-      this.emit("error", { error, detail: `load: ${error?.message ?? error}` });
+      this.#reload(backoff(failures), failures + 1);
+      this._emit("error", { error, detail: `load: ${error?.message ?? error}` });
     };
     this.#timer = setTimeout(() => failed(new Error(`no answer in ${LOAD_MS} ms`)), LOAD_MS);
     try {
-      const answer = await this.#load({ signal: loading.signal });
-      if (this.#loading === loading) this.#replace(answer, buffer, since);
+      const rows = await this.#load({ signal: loading.signal });
+      if (this.#loading === loading) this.#replace(rows, buffer);
     } catch (error) {
       failed(error);
     }
   }
 
-  #replace(answer, buffer, since) {
-    const rows = Symbol.iterator in answer ? answer : answer.rows;
-    const position = answer.position ?? since;
-    const loaded = Array.from(rows, (row) => [this.#keyOf(row), row]);
+  #replace(rows, changes) {
+    const loaded = new Map(Array.from(rows, (row) => [this.#keyOf(row), row]));
+    for (const change of changes) fold(loaded, change, this.#keyOf);
     this.#stopLoading();
     this.rows.clear();
     for (const [key, row] of loaded) this.rows.set(key, row);
-    const isFollowed = position === since || position === this.#feed.position;
-    if (isFollowed) for (const change of buffer) fold(this.rows, change, this.#keyOf);
     this.loaded = true;
     this.stale = false;
-    if (!isFollowed) this.#feed.followFrom(position);
-    this.emit("change", { rows: this.rows, change: null });
-    this.#feed.changed();
-  }
-}
-
-/**
- * A table and a filter, and the position up to which every copy has taken everything in.
- * @property settled whether the link of now has brought everything there was; set back with every new link
- * @property refused why the bridge will not send it, or null
- */
-class Feed {
-  position = null;
-  settled = false;
-  refused = null;
-  #lives = new Set(); #owner;
-
-  /** The owner has `changed()`, `refollow(feed)`, `forget(feed)`. */
-  constructor(table, filter, owner) {
-    this.table = table;
-    this.filter = filter;
-    this.#owner = owner;
-  }
-
-  get current() { return this.refused !== null || (this.settled && [...this.#lives].every((live) => !live.stale)); }
-
-  join(live) {
-    this.#lives.add(live);
-    if (this.position !== null) live.reload(0);
-  }
-
-  close() {
-    for (const live of this.#lives) live.close();
-  }
-
-  leave(live) {
-    if (this.#lives.delete(live) && this.#lives.size === 0) this.#owner.forget(this);
-  }
-
-  changed() { this.#owner.changed(); }
-
-  /** Read on from another place: one that rows came with. */
-  followFrom(position) {
-    this.position = position;
-    this.#owner.refollow(this);
-  }
-
-  // What links tell.
-
-  /** It is being sent. One that resumes keeps its own position: a `resync` may be on its way. */
-  started(position) {
-    this.refused = null;
-    if (this.position !== null) return;
-    this.position = position;
-    for (const live of this.#lives) live.reload(0);
-  }
-
-  take(message) {
-    this.position = message.position;
-    for (const live of this.#lives) {
-      if (message.type === "resync") live.reload(message.after_ms ?? 0);
-      else live.take(message);
-    }
-    if (message.type === "resync") this.changed();
-  }
-
-  /** Everything up to a position was brought. */
-  reached(position) {
-    this.position = position;
-    this.settled = true;
-    this.changed();
-  }
-
-  /** Returns whether asking once more makes sense: without the position, if that was what the bridge did not understand. */
-  refuse(code, detail) {
-    if (code === 4400 && this.position !== null) {
-      this.position = null;
-      return true;
-    }
-    this.refused = detail;
-    for (const live of this.#lives) live.emit("error", { code, detail });
-    this.changed();
-    return false;
+    this._emit("change", { rows: this.rows, change: null });
+    this.#owner.changed();
   }
 }
 
@@ -246,7 +208,7 @@ class Loss extends Error {
 }
 
 /**
- * One way to the bridge, from `open` to `close` or to the one `host.lost`. After `host.ready` it carries feeds.
+ * One way to the bridge, from `open` to `close` or to the one `host.lost`. After `host.ready` it carries copies.
  * Links implement `_open`, `_ask`, `_end`, `follow`, `drop`, `authenticate`.
  */
 class Link {
@@ -304,7 +266,7 @@ class Link {
   }
 }
 
-/** One WebSocket that subscribes to nothing by its address; every feed is a subscription by message. */
+/** One WebSocket that subscribes to nothing by its address; every copy is a subscription by message. */
 class WebSocketLink extends Link {
   static transport = "websocket";
   #socket; #subscriptions = new Map(); #number = 0; #again; #againMs;
@@ -336,19 +298,18 @@ class WebSocketLink extends Link {
     this.#send({ type: "auth", token });
   }
 
-  follow(feed) {
+  follow(live) {
     const id = String(++this.#number);
-    this.#subscriptions.set(id, { feed, stands: false });
-    this.#send({
-      type: "subscribe", id, table: feed.table, filter: feed.filter ?? undefined, position: feed.position ?? undefined,
-    });
+    this.#subscriptions.set(id, { live, stands: false });
+    const { table, filter, position } = live;
+    this.#send({ type: "subscribe", id, table, filter: filter ?? undefined, position: position ?? undefined });
     this.#againMs = 50;
     this.#askIn(0); // its pong tells whether everything was sent
   }
 
-  drop(feed) {
+  drop(live) {
     for (const [id, subscription] of this.#subscriptions) {
-      if (subscription.feed !== feed) continue;
+      if (subscription.live !== live) continue;
       this.#subscriptions.delete(id);
       this.#send({ type: "unsubscribe", id });
     }
@@ -373,19 +334,19 @@ class WebSocketLink extends Link {
       case "subscribed":
         if (!named) return;
         named.stands = true;
-        return named.feed.started(message.position);
+        return named.live._started(message.position);
     }
-    for (const id of message.subscriptions ?? []) this.#subscriptions.get(id)?.feed.take(message);
+    for (const id of message.subscriptions ?? []) this.#subscriptions.get(id)?.live._take(message);
   }
 
   /** A ping comes, and a pong tells a time, only when every subscription was sent everything up to the position. */
   #proven({ type, position, complete_until: completeUntil }) {
     const subscriptions = [...this.#subscriptions.values()];
     if (type === "ping" || completeUntil) {
-      for (const { feed, stands } of subscriptions) if (stands) feed.reached(position);
+      for (const { live, stands } of subscriptions) if (stands) live._reached(position);
     }
-    this.host.proven(completeUntil, position);
-    if (type === "pong" && subscriptions.some(({ feed }) => !feed.settled)) {
+    this.host.proven(completeUntil);
+    if (type === "pong" && subscriptions.some(({ live }) => !live._settled)) {
       this.#askIn(this.#againMs);
       this.#againMs = Math.min(2 * this.#againMs, 2_000);
     }
@@ -395,13 +356,13 @@ class WebSocketLink extends Link {
     if (!subscription) return this.host.error({ code, detail });
     this.#subscriptions.delete(id);
     if (code < 4000) this.lost(new Loss(code, detail)); // 1013: the bridge cannot just now
-    else if (subscription.feed.refuse(code, detail)) this.follow(subscription.feed);
+    else if (subscription.live._refuse(code, detail)) this.follow(subscription.live);
   }
 }
 
 /**
- * Requests to `/events`, one per feed, and one without a table that stands for the link itself (the feed `null`).
- * Feeds beyond `OWN_CONNECTIONS` take turns on one connection, as short polls.
+ * Requests to `/events`, one per copy, and one without a table that stands for the link itself (the copy `null`).
+ * Copies beyond `OWN_CONNECTIONS` take turns on one connection, as short polls.
  */
 class HttpLink extends Link {
   #requests = new Map(); #turn = Promise.resolve();
@@ -409,7 +370,7 @@ class HttpLink extends Link {
   _open() { this.follow(null); }
 
   /** There is nothing to say on a stream, so a new one is begun, from where the old one was. */
-  _ask() { for (const feed of [...this.#requests.keys()]) this.follow(feed); }
+  _ask() { for (const live of [...this.#requests.keys()]) this.follow(live); }
 
   _end() { for (const { abort } of this.#requests.values()) abort.abort(); }
 
@@ -418,37 +379,37 @@ class HttpLink extends Link {
     this._ask();
   }
 
-  /** (Again) read a feed from its position until it is dropped. */
-  follow(feed) {
-    this.#requests.get(feed)?.abort.abort();
+  /** (Again) read for a copy from its position until it is dropped. */
+  follow(live) {
+    this.#requests.get(live)?.abort.abort();
     const request = { abort: new AbortController(), heardAt: Date.now() };
-    this.#requests.set(feed, request); // one that was there keeps its place in the order
-    this.#read(feed, request).catch((error) => {
-      if (!request.abort.signal.aborted) this.#failed(feed, error);
+    this.#requests.set(live, request); // one that was there keeps its place in the order
+    this.#read(live, request).catch((error) => {
+      if (!request.abort.signal.aborted) this.#failed(live, error);
     });
   }
 
-  drop(feed) {
-    this.#requests.get(feed)?.abort.abort();
-    this.#requests.delete(feed);
+  drop(live) {
+    this.#requests.get(live)?.abort.abort();
+    this.#requests.delete(live);
   }
 
-  #failed(feed, error) {
+  #failed(live, error) {
     const loss = Loss.of(error);
-    const isFeeds = feed !== null && loss.code >= 4400 && loss.code < 4500 && ![4401, 4408, 4429].includes(loss.code);
-    if (!isFeeds) this.lost(loss);
-    else if (feed.refuse(loss.code, loss.message)) this.follow(feed);
-    else this.drop(feed);
+    const isOfCopy = live !== null && loss.code >= 4400 && loss.code < 4500 && !OF_LINK.has(loss.code);
+    if (!isOfCopy) this.lost(loss);
+    else if (live._refuse(loss.code, loss.message)) this.follow(live);
+    else this.drop(live);
   }
 
-  async #read(feed, request) {
-    const hasOwn = [...this.#requests.keys()].indexOf(feed) < OWN_CONNECTIONS;
+  async #read(live, request) {
+    const hasOwn = [...this.#requests.keys()].indexOf(live) < OWN_CONNECTIONS;
     const poll = hasOwn
-      ? (seconds) => this.#poll(feed, request, seconds)
-      : (seconds) => this.#inTurn(() => this.#poll(feed, request, Math.min(seconds, 1)));
+      ? (seconds) => this.#poll(live, request, seconds)
+      : (seconds) => this.#inTurn(() => this.#poll(live, request, Math.min(seconds, 1)));
     const streams = hasOwn && this._streams;
-    if (feed !== null || !streams) while (await poll(0)); // up to the end of the history
-    if (streams) return this.#stream(feed, request);
+    if (live !== null || !streams) while (await poll(0)); // up to the end of the history
+    if (streams) return this.#stream(live, request);
     for (;;) await poll(POLL_SECONDS);
   }
 
@@ -459,67 +420,68 @@ class HttpLink extends Link {
   }
 
   /** One long poll; whether there is more to read at once. */
-  async #poll(feed, request, wait) {
-    const response = await this.#request(feed, request, "application/json", { wait });
+  async #poll(live, request, wait) {
+    const response = await this.#request(live, request, "application/json", { wait });
     const { messages, position, more, complete_until: completeUntil } = await response.json();
     const { signal } = request.abort;
     if (signal.aborted) return false;
     this.#heard(request);
-    if (feed === null) this.#isReady({ position, complete_until: completeUntil });
+    if (live === null) this.#isReady({ complete_until: completeUntil });
     else {
-      feed.started(position);
+      live._started(position);
       for (const message of messages) {
-        feed.take(message);
+        live._take(message);
         if (signal.aborted) return false; // a listener closed what this is for
       }
-      if (more) feed.position = position;
-      else feed.reached(position);
+      if (more) live.position = position;
+      else live._reached(position);
     }
-    this.host.proven(completeUntil, position);
+    this.host.proven(completeUntil);
     return more;
   }
 
   /** One stream, until it ends, which is a `Loss`. */
-  async #stream(feed, request) {
-    const response = await this.#request(feed, request, "text/event-stream", {});
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    const events = new EventParser();
-    let refusal = null;
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) throw refusal ?? new Loss(1012, "the stream has ended", events.retryMs);
+  async #stream(live, request) {
+    const response = await this.#request(live, request, "text/event-stream", {});
+    let refusal, retry;
+    for await (const event of eventsOf(response.body)) {
+      if (request.abort.signal.aborted) return;
       this.#heard(request);
-      for (const data of events.push(value)) {
-        if (request.abort.signal.aborted) return;
-        const message = JSON.parse(data);
-        if (message.type === "error") refusal = new Loss(message.code, message.detail);
-        else this.#take(feed, message);
-      }
+      retry = /^retry: (\d+)/.exec(event)?.[1]; // counts if the stream ends with it
+      const data = /^data: (.*)/ms.exec(event)?.[1];
+      if (!data) continue;
+      const message = JSON.parse(data);
+      if (message.type === "error") refusal = new Loss(message.code, message.detail);
+      else this.#take(live, message);
     }
+    throw refusal ?? new Loss(1012, "the stream has ended", retry && Number(retry));
   }
 
-  #take(feed, message) {
-    if (message.type === "ready") feed === null ? this.#isReady(message) : feed.started(message.position);
-    else if (message.type === "auth_expiring") feed === null && this.host.expiring(this);
-    else if (message.type === "ping") {
-      feed?.reached(message.position);
-      this.host.proven(message.complete_until, message.position);
-    } else feed?.take(message);
+  #take(live, message) {
+    switch (message.type) {
+      case "ready": return live === null ? this.#isReady(message) : live._started(message.position);
+      case "auth_expiring": return live === null && this.host.expiring(this);
+      case "ping":
+        live?._reached(message.position);
+        return this.host.proven(message.complete_until);
+      default: live?._take(message);
+    }
   }
 
   #isReady(message) {
     if (this.readyAt === null) this.host.ready(this, message);
   }
 
+  /** The link has been heard when the one of its requests was that has been silent for longest. */
   #heard(request) {
     this.heard();
     request.heardAt = Date.now();
     this.heardAt = Math.min(...[...this.#requests.values()].map(({ heardAt }) => heardAt));
   }
 
-  async #request(feed, { abort: { signal } }, accept, query) {
+  async #request(live, { abort: { signal } }, accept, query) {
     const url = new URL("events", this.host.url);
-    const given = { table: feed?.table ?? "", filter: feed?.filter, position: feed?.position, ...query };
+    const given = { table: live?.table ?? "", filter: live?.filter, position: live?.position, ...query };
     for (const [name, value] of Object.entries(given)) if (value != null) url.searchParams.set(name, value);
     const headers = { Accept: accept, Authorization: `Bearer ${this.token}` };
     const response = await fetch(url, { headers, signal, cache: "no-store" });
@@ -535,6 +497,18 @@ class HttpLink extends Link {
   }
 }
 
+/** Server-Sent Events as the bridge writes them: an empty line ends each, and its data is the last line, of JSON. */
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    yield* events;
+  }
+}
+
 class SseLink extends HttpLink {
   static transport = "sse";
   _streams = true;
@@ -543,35 +517,6 @@ class SseLink extends HttpLink {
 class LongPollLink extends HttpLink {
   static transport = "longpoll";
   _streams = false;
-}
-
-/**
- * Server-Sent Events out of text in pieces of any size. `event:` and `id:` are not looked at: the JSON has both.
- * @type {typeof import("./client.js").EventParser}
- */
-export class EventParser {
-  /** What `retry:` said, if no event came after it: such a one is meant for now. */
-  retryMs = undefined;
-  #rest = ""; #data = [];
-
-  /** The `data` of every event that is complete now. */
-  push(text) {
-    const events = [];
-    // A carriage return at the very end may be half of a line's end.
-    const lines = (this.#rest + text).split(/\r\n|\n|\r(?!$)/);
-    this.#rest = lines.pop();
-    for (const line of lines) {
-      const [, field, value] = /^([^:]*):? ?(.*)$/s.exec(line);
-      if (field === "data") this.#data.push(value);
-      else if (field === "retry" && /^\d+$/.test(value)) this.retryMs = Number(value);
-      else if (line === "" && this.#data.length > 0) {
-        events.push(this.#data.join("\n"));
-        this.#data = [];
-        this.retryMs = undefined;
-      }
-    }
-    return events;
-  }
 }
 
 const LINKS = Object.fromEntries([WebSocketLink, SseLink, LongPollLink].map((link) => [link.transport, link]));
@@ -583,10 +528,9 @@ function backoff(failures) {
 
 class Bridge extends Emitter {
   status = "connecting";
-  position = null; // the newest that was heard: to show, not to resume from
   completeUntil = null;
-  error = null; // why it gave up
-  #url; #token; #WebSocket; #links; #feeds = new Map();
+  error = null; // why there is no link
+  #url; #token; #WebSocket; #links; #lives = new Set();
   #link = null; #candidate = null; #index = 0; #bestIndex = Infinity; #upgrades = 0;
   #failures = 0; // of this transport, in a row
   #attempts = 0; // since a link was stable
@@ -594,7 +538,7 @@ class Bridge extends Emitter {
   #isDown = false; // an attempt has failed since the last link
   #gaveUp = null; // the status that says so
   #pingMs = 1000 * POLL_SECONDS; #provenAt = Date.now(); #upgradeAt = 0; #upgradeMs = UPGRADE_MS; #renewedAt = 0;
-  #retry; #renewal; #ticker; #tickedAt = Date.now(); #unlisten = new AbortController();
+  #retry; #renewal; #ticker; #unlisten = new AbortController();
 
   constructor({ url = "/", token, transports = ["websocket", "sse", "longpoll"], WebSocket = globalThis.WebSocket }) {
     super();
@@ -604,41 +548,32 @@ class Bridge extends Emitter {
     this.#token = token;
     this.#WebSocket = WebSocket;
     this.#links = transports.filter((name) => WebSocket || name !== "websocket").map((name) => LINKS[name]);
-    if (this.#links.length === 0 || this.#links.includes(undefined)) throw new TypeError("transports: websocket, sse, longpoll");
+    if (this.#links.length === 0 || this.#links.includes(undefined)) {
+      throw new TypeError("transports: websocket, sse, longpoll");
+    }
     this.#listen();
     this.#ticker = setInterval(() => this.#tick(), TICK_MS);
     this.#connect();
   }
 
-  /** "websocket", "sse", "longpoll", or null while there is none. */
   get transport() { return this.#link?.readyAt ? this.#link.constructor.transport : null; }
 
   live(table, options) {
     if (this.#unlisten.signal.aborted) throw new Error("this bridge was closed");
     if (typeof options?.load !== "function") throw new TypeError("load: a function that reads the rows");
-    const name = table.includes(".") ? table : `public.${table}`;
-    const filter = options.filter || null;
-    const feedKey = `${name} ${filter ?? ""}`;
-    let feed = this.#feeds.get(feedKey);
-    if (!feed) {
-      feed = new Feed(name, filter, {
-        changed: () => this.#refresh(),
-        refollow: (it) => this.#refollow(it),
-        forget: (it) => this.#forget(feedKey, it),
-      });
-      this.#feeds.set(feedKey, feed);
-      if (this.transport) this.#link.follow(feed);
-    }
-    const live = new Live(feed, options);
-    feed.join(live);
+    const live = new Live(table.includes(".") ? table : `public.${table}`, options, {
+      changed: () => this.#refresh(),
+      closed: (it) => this.#forget(it),
+    });
+    this.#lives.add(live);
+    if (this.transport) this.#link.follow(live);
     this.#refresh();
     return live;
   }
 
-  /** Try again now: after `unauthorized`, when somebody signed in again; or any time. */
   reconnect() {
     if (this.#unlisten.signal.aborted) return;
-    this.#gaveUp = this.error = null;
+    this.#gaveUp = null;
     this.#isDown = false;
     this.#attempts = this.#failures = this.#refusals = this.#index = 0;
     this.#connect();
@@ -649,7 +584,7 @@ class Bridge extends Emitter {
     this.#unlisten.abort();
     clearInterval(this.#ticker);
     this.#giveUp("offline");
-    for (const feed of [...this.#feeds.values()]) feed.close();
+    for (const live of [...this.#lives]) live.close();
   }
 
   // -- links ---------------------------------------------------------------------------------------------------------
@@ -667,9 +602,9 @@ class Bridge extends Emitter {
       WebSocket: this.#WebSocket,
       token: () => this.#freshToken(),
       ready: (it, message) => this.#ready(it, message),
-      proven: (completeUntil, position) => this.#proven(completeUntil, position),
+      proven: (completeUntil) => this.#proven(completeUntil),
       expiring: (it) => this.#renew(it),
-      error: (error) => this.emit("error", error),
+      error: (error) => this._emit("error", error),
       lost: (it, loss) => this.#lost(it, loss),
     });
     link.open();
@@ -688,13 +623,14 @@ class Bridge extends Emitter {
     link.readyAt = Date.now();
     this.#failures = this.#refusals = 0;
     this.#isDown = false;
+    this.error = null;
     this.#bestIndex = Math.min(this.#bestIndex, this.#index);
     this.#upgradeMs = UPGRADE_MS;
     // A better transport that has worked here before was only out of reach for a moment.
     this.#upgradeAt = link.readyAt + (this.#bestIndex < this.#index ? TICK_MS : UPGRADE_MS);
     this.#pingMs = 1000 * (message.ping_seconds ?? POLL_SECONDS);
-    this.#proven(message.complete_until, message.position);
-    for (const feed of this.#feeds.values()) link.follow(feed);
+    this.#proven(message.complete_until);
+    for (const live of this.#lives) link.follow(live);
     this.#refresh();
   }
 
@@ -707,49 +643,43 @@ class Bridge extends Emitter {
     }
     this.#link = null;
     this.#unsettle();
-    if (NEVER_AGAIN.has(loss.code)) return this.#giveUp(loss.code === 4403 ? "unauthorized" : "offline", loss);
-    if (loss.code === 4401 && ++this.#refusals === 2) return this.#giveUp("unauthorized", loss);
-    if (link.readyAt === null) {
-      this.#isDown = true;
-      if (loss.code < 4000 && !ANSWERED.has(loss.code) && ++this.#failures === 2) this.#fallBack();
-    } else if (Date.now() - link.readyAt > STABLE_MS) this.#attempts = 0;
+    this.error = { code: loss.code, detail: loss.message };
+    const isRefused = loss.code === 4403 || (loss.code === 4401 && ++this.#refusals === 2);
+    if (isRefused || NEVER_AGAIN.has(loss.code)) {
+      this.#giveUp(isRefused ? "unauthorized" : "offline");
+      return this._emit("error", this.error);
+    }
+    if (link.readyAt === null) this.#countFailure(loss);
+    else if (Date.now() - link.readyAt > STABLE_MS) this.#attempts = 0;
     this.#retry = setTimeout(() => this.#connect(), loss.retryMs ?? backoff(this.#attempts++));
     this.#refresh();
   }
 
-  #fallBack() {
+  #countFailure({ code }) {
+    this.#isDown = true;
+    if (code >= 4000 || ANSWERED.has(code) || ++this.#failures < 2) return;
     this.#failures = 0;
     this.#index = (this.#index + 1) % this.#links.length;
   }
 
-  #giveUp(status, loss = null) {
+  #giveUp(status) {
     for (const timer of [this.#retry, this.#renewal]) clearTimeout(timer);
     for (const link of [this.#link, this.#candidate]) link?.close();
     this.#link = this.#candidate = null;
     this.#gaveUp = status;
     this.#unsettle();
     this.#refresh();
-    if (loss === null) return;
-    this.error = { code: loss.code, detail: loss.message };
-    this.emit("error", this.error);
   }
 
-  // -- feeds ---------------------------------------------------------------------------------------------------------
+  // -- copies --------------------------------------------------------------------------------------------------------
 
   #unsettle() {
-    for (const feed of this.#feeds.values()) feed.settled = false;
+    for (const live of this.#lives) live._settled = false;
   }
 
-  #refollow(feed) {
-    feed.settled = false;
-    if (!this.transport) return;
-    this.#link.drop(feed);
-    this.#link.follow(feed);
-  }
-
-  #forget(feedKey, feed) {
-    this.#feeds.delete(feedKey);
-    if (this.transport) this.#link.drop(feed);
+  #forget(live) {
+    this.#lives.delete(live);
+    if (this.transport) this.#link.drop(live);
     this.#refresh();
   }
 
@@ -757,7 +687,12 @@ class Bridge extends Emitter {
 
   /** Nobody signed in counts as a refusal that nothing but `reconnect` mends; an error may pass. */
   async #freshToken() {
-    const token = await this.#token();
+    let token;
+    try {
+      token = await this.#token();
+    } catch (error) {
+      throw new Loss(1013, `token: ${error?.message ?? error}`);
+    }
     if (token) return token;
     this.#refusals = 1;
     throw new Loss(4401, "there is no token");
@@ -777,8 +712,7 @@ class Bridge extends Emitter {
 
   // -- time ----------------------------------------------------------------------------------------------------------
 
-  #proven(completeUntil, position) {
-    this.position = position;
+  #proven(completeUntil) {
     if (!completeUntil || Date.parse(completeUntil) <= Date.parse(this.completeUntil ?? 0)) return;
     this.completeUntil = completeUntil;
     this.#provenAt = Date.now();
@@ -786,16 +720,16 @@ class Bridge extends Emitter {
   }
 
   #tick() {
-    const now = Date.now();
-    const slept = now - this.#tickedAt > 3 * TICK_MS; // or the browser saves on the timers of a hidden page
-    this.#tickedAt = now;
-    if (!this.transport) slept && this.#wake();
-    else if (now - this.#link.heardAt > this.#pingMs + (slept ? 0 : 10_000)) this.#link.probe();
-    else if (now - this.#provenAt > this.#pingMs) this.#link.enquire();
-    if (this.transport && this.#index > 0 && !this.#candidate && now >= this.#upgradeAt) {
+    if (this.transport) this.#lookAfter(this.#link, Date.now());
+    this.#refresh();
+  }
+
+  #lookAfter(link, now) {
+    if (now - link.heardAt > this.#pingMs + LATE_MS) link.probe();
+    else if (now - this.#provenAt > this.#pingMs) link.enquire();
+    if (this.#index > 0 && !this.#candidate && now >= this.#upgradeAt) {
       this.#candidate = this.#open(this.#upgrades++ % this.#index);
     }
-    this.#refresh();
   }
 
   /** The page or the network is back: go on at once. */
@@ -821,12 +755,12 @@ class Bridge extends Emitter {
     const status = this.#gaveUp ?? (this.transport ? this.#reading() : this.#isDown ? "offline" : "connecting");
     if (status === this.status) return;
     this.status = status;
-    this.emit("status", status);
+    this._emit("status", status);
   }
 
   #reading() {
-    const standsStill = Date.now() - this.#provenAt > Math.max(STANDSTILL_MS, this.#pingMs + 10_000);
-    const isCurrent = this.completeUntil && !standsStill && [...this.#feeds.values()].every((feed) => feed.current);
+    const standsStill = Date.now() - this.#provenAt > Math.max(STANDSTILL_MS, this.#pingMs + LATE_MS);
+    const isCurrent = this.completeUntil && !standsStill && [...this.#lives].every((live) => live._isCurrent);
     return isCurrent ? "live" : "behind";
   }
 }

@@ -1,12 +1,16 @@
-"""One Chromium for all tests here; where there is none they are skipped, or fail with CI set."""
+"""One Chromium and one bridge for all tests here; without Chromium they are skipped, or fail with CI set."""
 
 import shutil
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from playwright.async_api import Browser, Error, async_playwright
 
-from tests.services import unavailable
+from realtime_bridge.dev.engines import EmbeddedPostgres
+from realtime_bridge.sources.postgres import ensure_publication
+from tests.bridges import PUBLICATION, BridgeProcess
+from tests.services import fresh_databases, unavailable
 
 ARGUMENTS = [
     "--headless",
@@ -20,7 +24,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def browser() -> AsyncIterator[Browser]:
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
@@ -32,3 +36,20 @@ async def browser() -> AsyncIterator[Browser]:
             unavailable(f"Chromium does not start: {error.message.splitlines()[0]}")
         yield browser
         await browser.close()
+
+
+@pytest.fixture(scope="package")
+def shared_database(postgres: EmbeddedPostgres, _template: str) -> Iterator[str]:
+    """The address of the database of `bridge`."""
+    with fresh_databases(postgres, _template) as make:
+        yield make()
+
+
+@pytest.fixture(scope="package")
+async def bridge(browser: Browser, shared_database: str) -> AsyncIterator[BridgeProcess]:
+    """A bridge with its history in memory, for tests that leave it running."""
+    await ensure_publication(shared_database, PUBLICATION, ["public.posts"])
+    slot = f"browser_{uuid.uuid4().hex[:12]}"
+    settings = {"BRIDGE_SLOT": slot, "BRIDGE_ADMIN_TOKEN": "admin", "BRIDGE_DRAIN_SECONDS": "1"}
+    async with BridgeProcess(shared_database, **settings) as bridge:
+        yield bridge

@@ -2,102 +2,21 @@
 
 import asyncio
 import random
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+import time
 from typing import Any
 
-import asyncpg
 import httpx
 import pytest
-from playwright.async_api import Browser, BrowserContext, Page
+from playwright.async_api import Browser
 
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
-from tests.browser.bad_network import Site
-from tests.clients import read_posts
-from tests.services import eventually, token
+from tests.browser.worlds import ADA, BOB, World, open_world
+from tests.services import eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.browser, pytest.mark.timeout(90)]
 
-ADA, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 TRANSPORTS = ["websocket", "sse", "longpoll"]
-
-
-@dataclass
-class User:
-    """A page in a browser context of its own."""
-
-    id: str
-    site: Site
-    context: BrowserContext
-    page: Page
-
-    async def start(self, **options: Any) -> None:
-        await self.page.evaluate("([user, options]) => page.start(user, options)", [self.id, options])
-
-    async def get(self, expression: str) -> Any:
-        return await self.page.evaluate(f"() => page.{expression}")
-
-    async def becomes(self, status: str, timeout: float = 20) -> None:
-        async def is_so() -> bool:
-            return bool(await self.get("bridge.status") == status)
-
-        try:
-            await eventually(is_so, timeout)
-        except AssertionError as error:
-            raise AssertionError(f"not {status}: {await self.get('statuses')} {await self.get('errors')}") from error
-
-    async def agrees(self, url: str, timeout: float = 15) -> None:
-        """Wait until the copy is what `GET /posts` answers this user."""
-
-        async def is_so() -> bool:
-            rows, _ = await read_posts(url, token(self.id))
-            return bool(await self.get("rows") == [rows[id_] for id_ in sorted(rows)])
-
-        await eventually(is_so, timeout)
-
-
-@dataclass
-class World:
-    bridge: BridgeProcess
-    site: Site
-    database: asyncpg.Connection
-    browser: Browser
-    stack: AsyncExitStack
-
-    async def user(self, sub: str = ADA) -> User:
-        context = await self.browser.new_context()
-        self.stack.push_async_callback(context.close)
-        page = await context.new_page()
-        await page.goto(f"{self.site.url}/page.html")
-        await page.wait_for_function("() => window.page")
-        return User(sub, self.site, context, page)
-
-    async def post(self, title: str, sub: str = ADA, *, public: bool = False, body: str = "") -> int:
-        query = "insert into posts (user_id, title, is_public, body) values ($1, $2, $3, $4) returning id"
-        id_: int = await self.database.fetchval(query, sub, title, public, body)
-        return id_
-
-    async def restart(self, meanwhile: str | None = None) -> None:
-        await asyncio.to_thread(self.bridge.stop)
-        if meanwhile is not None:
-            await self.database.execute(meanwhile)
-        self.bridge.start()
-        await self.bridge.ready()
-
-
-@asynccontextmanager
-async def open_world(browser: Browser, database: str, namespace: str, **settings: str) -> AsyncIterator[World]:
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    async with AsyncExitStack() as stack:
-        settings |= {"BRIDGE_SLOT": namespace.replace("-", "_"), "BRIDGE_NAMESPACE": namespace}
-        bridge = await stack.enter_async_context(BridgeProcess(database, **settings))
-        site = await stack.enter_async_context(Site(bridge.port))
-        connection = await asyncpg.connect(database)
-        stack.push_async_callback(connection.close)
-        yield World(bridge, site, connection, browser, stack)
 
 
 async def change_at_random(world: World, numbers: range) -> None:
@@ -108,9 +27,8 @@ async def change_at_random(world: World, numbers: range) -> None:
         kind = chance.choice(["post", "post", "title", "show", "move", "delete"])
         if kind == "post" or not ids:
             body = "".join(chance.choices("abcdefghij", k=chance.choice([3, 9000])))
-            ids.append(
-                await world.post(f"p{number}", chance.choice([ADA, BOB]), public=chance.random() < 0.5, body=body)
-            )
+            author, public = chance.choice([ADA, BOB]), chance.random() < 0.5
+            ids.append(await world.post(f"p{number}", author, public=public, body=body))
             continue
         at = chance.randrange(len(ids))
         if kind == "title":
@@ -126,13 +44,12 @@ async def change_at_random(world: World, numbers: range) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_two_users_each_have_a_copy_of_what_they_may_see(
-    transport: str, browser: Browser, database: str, namespace: str
+    transport: str, browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         await change_at_random(world, range(40))
         ada, bob = await world.user(ADA), await world.user(BOB)
         await ada.start(transports=[transport])
-        await bob.page.evaluate("() => { page.withPosition = true }")
         await bob.start(transports=[transport])  # while it changes
         await change_at_random(world, range(40, 190))
         await asyncio.gather(ada.becomes("live"), bob.becomes("live"))
@@ -147,83 +64,99 @@ async def test_two_users_each_have_a_copy_of_what_they_may_see(
             assert await user.get("asked") == {"tokens": 1, "loads": 1}
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_restart_is_resumed_without_reading_again_where_the_history_survives(
-    transport: str, browser: Browser, database: str, namespace: str, redis_url: str
+    browser: Browser, database: str, namespace: str, redis_url: str
 ) -> None:
-    async with open_world(browser, database, namespace, REDIS_URL=redis_url) as world:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    settings = {"BRIDGE_SLOT": namespace.replace("-", "_"), "BRIDGE_NAMESPACE": namespace, "REDIS_URL": redis_url}
+    async with (
+        BridgeProcess(database, BRIDGE_DRAIN_SECONDS="1", **settings) as bridge,
+        open_world(browser, bridge, database) as world,
+    ):
         await world.post("before")
-        ada = await world.user()
-        await ada.start(transports=[transport])
-        await ada.becomes("live")
+        users = await world.users(TRANSPORTS)
         await world.restart(f"insert into posts (user_id, title) values ('{ADA}', 'meanwhile')")
-        await ada.becomes("live")
         await world.post("after")
-        await ada.agrees(world.bridge.url)
-        assert [change["record"]["title"] for change in await ada.get("changes")] == ["meanwhile", "after"]
-        assert (await ada.get("asked"))["loads"] == 1
+        for user in users:
+            await user.becomes("live")
+            await user.has("before", "meanwhile", "after")
+            assert [change["record"]["title"] for change in await user.get("changes")] == ["meanwhile", "after"]
+            assert (await user.get("asked"))["loads"] == 1
 
 
 async def test_a_restart_that_loses_the_history_is_met_with_reading_again(
-    browser: Browser, database: str, namespace: str
+    browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         await world.post("before")
-        ada = await world.user()
-        await ada.start()
-        await ada.becomes("live")
+        users = await world.users(TRANSPORTS)
         await world.restart("delete from posts")
         await world.post("after")
-        await ada.agrees(world.bridge.url)
-        assert [row["title"] for row in await ada.get("rows")] == ["after"]
-        assert (await ada.get("asked"))["loads"] == 2
+        for user in users:
+            await user.has("after")
+            assert (await user.get("asked"))["loads"] == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_dead_network_is_noticed_and_its_return_too_though_the_token_has_ended(
-    transport: str, browser: Browser, database: str, namespace: str
+async def test_a_minute_offline_in_which_the_token_ends_is_noticed_and_made_up_for(
+    browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    """Offline for about six seconds: as long as it takes to notice, and longer than the token lasts."""
-    async with open_world(browser, database, namespace) as world:
-        ada = await world.user()
-        world.site.lifetimes = [4]
-        await ada.start(transports=[transport])
-        await ada.becomes("live")
-        loads = (await ada.get("asked"))["loads"]
+    async with open_world(browser, bridge, shared_database) as world:
+        world.site.lifetimes = [5]
+        users = await world.users(TRANSPORTS)
+        loads = [(await user.get("asked"))["loads"] for user in users]
+        end = time.time() + 5
         world.site.is_deaf = True
-        await ada.context.set_offline(True)
-        await ada.becomes("offline", 30)
+        for user in users:
+            await user.context.set_offline(True)
+            await user.page.clock.fast_forward(60_000)  # nothing has come for a minute: the bridge is asked,
+            await user.page.clock.run_for(5_000)  # and does not answer
+            await user.becomes("offline")
         await world.post("meanwhile")
-        tokens = (await ada.get("asked"))["tokens"]
+        await eventually(lambda: time.time() > end, 6)  # by the bridge's clock, which cannot be turned
         world.site.lifetimes = [3600]
         await world.site.cut()
         world.site.is_deaf = False
-        await ada.context.set_offline(False)
-        await ada.becomes("live")
-        await ada.agrees(world.bridge.url)
-        after = await ada.get("asked")
-        assert after["tokens"] > tokens
-        assert after["loads"] == loads
+        for user in users:
+            tokens = (await user.get("asked"))["tokens"]
+            await user.context.set_offline(False)
+            await user.becomes("live")
+            await user.has("meanwhile")
+            assert (await user.get("asked"))["tokens"] > tokens
+        assert [(await user.get("asked"))["loads"] for user in users] == loads
 
 
 async def test_a_token_that_ends_is_replaced_on_the_same_connection(
-    browser: Browser, database: str, namespace: str
+    browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         ada = await world.user()
         sockets: list[Any] = []
         ada.page.on("websocket", lambda socket: sockets.append(socket))
         world.site.lifetimes = [4, 3600]  # the bridge warns a minute before the end: at once
         await ada.start(transports=["websocket"])
+        end = time.time() + 4
         await ada.becomes("live")
-        await asyncio.sleep(6)  # past the first token's end, by the bridge's clock, which cannot be faked
+        await eventually(lambda: time.time() > end + 1)  # by the bridge's clock, which cannot be turned
         await world.post("after its end")
-        await ada.agrees(world.bridge.url)
+        await ada.has("after its end")
         assert len(sockets) == 1
         assert (await ada.get("asked"))["tokens"] == 2
         assert "offline" not in await ada.get("statuses")
-        assert all("token" not in socket.url for socket in sockets)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_no_token_is_part_of_an_address(
+    transport: str, browser: Browser, bridge: BridgeProcess, shared_database: str
+) -> None:
+    async with open_world(browser, bridge, shared_database) as world:
+        ada = await world.user()
+        addresses: list[str] = []
+        ada.page.on("websocket", lambda socket: addresses.append(socket.url))
+        ada.page.on("request", lambda request: addresses.append(request.url))
+        await ada.start(transports=[transport])
+        await ada.becomes("live")
+        assert any("/ws?" in address or "/events?" in address for address in addresses)
+        assert not [address for address in addresses if "eyJ" in address or "token=" in address]
 
 
 @pytest.mark.parametrize(
@@ -231,82 +164,70 @@ async def test_a_token_that_ends_is_replaced_on_the_same_connection(
     [(("upgrade: websocket",), "sse"), (("upgrade: websocket", "accept: text/event-stream"), "longpoll")],
 )
 async def test_a_proxy_that_blocks_a_transport_is_met_with_the_next(
-    refused: tuple[str, ...], transport: str, browser: Browser, database: str, namespace: str
+    refused: tuple[str, ...], transport: str, browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         world.site.refused = lambda head: any(words in head for words in refused)
         ada = await world.user()
         await ada.start()
-        await ada.becomes("live", 30)
-        assert await ada.get("bridge.transport") == transport
+        await ada.is_on(transport)
         await world.post("by the way")
-        await ada.agrees(world.bridge.url)
+        await ada.has("by the way")
         assert (await ada.get("asked"))["loads"] == 1
 
 
 async def test_a_transport_that_worked_before_is_taken_back_soon(
-    browser: Browser, database: str, namespace: str
+    browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         ada = await world.user()
         await ada.start()
         await ada.becomes("live")
         world.site.refused = lambda head: "upgrade: websocket" in head
         await world.site.cut()
-
-        async def is_on(transport: str) -> bool:
-            return bool(await ada.get("bridge.transport") == transport)
-
-        await eventually(lambda: is_on("sse"), 20)
+        await ada.is_on("sse")
         await world.post("on the way")
-        await ada.agrees(world.bridge.url)
+        await ada.has("on the way")
         world.site.refused = lambda _: False
-        await eventually(lambda: is_on("websocket"), 40)
+        await ada.page.clock.run_for(10_000)  # of the minute after which one that never worked is tried
+        await ada.is_on("websocket")
         await world.post("back")
-        await ada.agrees(world.bridge.url)
+        await ada.has("on the way", "back")
         assert (await ada.get("asked"))["loads"] == 1
 
 
-async def test_a_truncated_table_is_read_again(browser: Browser, database: str, namespace: str) -> None:
-    async with open_world(browser, database, namespace) as world:
+async def test_a_truncated_table_is_read_again(browser: Browser, bridge: BridgeProcess, shared_database: str) -> None:
+    async with open_world(browser, bridge, shared_database) as world:
         await world.post("before")
         ada = await world.user()
         await ada.start()
         await ada.becomes("live")
-        assert len(await ada.get("rows")) == 1
+        await ada.has("before")
         await world.database.execute("truncate posts")
         await world.post("after")
-
-        async def is_read_again() -> bool:
-            return [row["title"] for row in await ada.get("rows")] == ["after"]
-
-        await eventually(is_read_again, 20)
+        await ada.has("after")
         assert (await ada.get("asked"))["loads"] == 2
 
 
-async def test_a_filter_is_the_bridges_work(browser: Browser, database: str, namespace: str) -> None:
-    async with open_world(browser, database, namespace) as world:
+async def test_a_filter_is_the_bridges_work(browser: Browser, bridge: BridgeProcess, shared_database: str) -> None:
+    async with open_world(browser, bridge, shared_database) as world:
         ada = await world.user()
-        await ada.page.evaluate("(user) => page.start(user, {}, { filter: 'title=in.(a,b)' })", ada.id)
+        await ada.start("title=in.(a,b)")
         await ada.becomes("live")
         id_ = await world.post("a")
         await world.post("c")
         await world.database.execute("update posts set title = 'd' where id = $1", id_)
         await world.post("b")
-
-        async def has_b() -> bool:
-            return [row["title"] for row in await ada.get("rows")] == ["b"]
-
-        await eventually(has_b)
+        await ada.has("b")
         kinds = [(change["type"], change.get("left")) for change in await ada.get("changes")]
         assert kinds == [("INSERT", None), ("DELETE", True), ("INSERT", None)]
 
 
 @pytest.mark.parametrize("transport", ["sse", "longpoll"])
 async def test_more_copies_than_a_browser_has_connections_take_turns(
-    transport: str, browser: Browser, database: str, namespace: str
+    transport: str, browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         ada = await world.user()
         await ada.start(transports=[transport])
         await ada.page.evaluate(
@@ -319,20 +240,20 @@ async def test_more_copies_than_a_browser_has_connections_take_turns(
         await ada.becomes("live", 30)
         for number in range(9):
             await world.post(f"t{number}")
-        await ada.agrees(world.bridge.url)
 
         async def each_has_its_own() -> bool:
             titles = await ada.get("more.map((live) => [...live.rows.values()].map((row) => row.title))")
             return bool(titles == [[f"t{number}"] for number in range(9)])
 
         await eventually(each_has_its_own, 30)
+        await ada.has(*(f"t{number}" for number in range(9)))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_refused_role_is_not_tried_again(
-    transport: str, browser: Browser, database: str, namespace: str
+    transport: str, browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         world.site.token_claims = {"role": "service_role"}
         ada = await world.user()
         asked: list[str] = []
@@ -342,7 +263,7 @@ async def test_a_refused_role_is_not_tried_again(
         await ada.becomes("unauthorized")
         assert (await ada.get("bridge.error"))["code"] in (4401, 4403)
         before = len(asked)
-        await asyncio.sleep(2)  # four times the longest first wait
+        await ada.page.clock.run_for(120_000)
         assert len(asked) == before
 
 
@@ -362,13 +283,10 @@ COUNT_TIMERS = """
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_closing_leaves_no_timer_and_no_connection(
-    transport: str, browser: Browser, database: str, namespace: str
+    transport: str, browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
-        ada = await world.user()
-        await ada.page.add_init_script(COUNT_TIMERS)
-        await ada.page.reload()
-        await ada.page.wait_for_function("() => window.page")
+    async with open_world(browser, bridge, shared_database) as world:
+        ada = await world.user(script=COUNT_TIMERS)
         errors: list[Any] = []
         ada.page.on("pageerror", lambda error: errors.append(error))
         await ada.start(transports=[transport])
@@ -378,24 +296,20 @@ async def test_closing_leaves_no_timer_and_no_connection(
         assert await ada.get("bridge.status") == "offline"
         assert await ada.page.evaluate("() => timers.size") == 0
 
-        async def connections() -> int:
+        async def none_is_left() -> bool:
             async with httpx.AsyncClient() as http:
                 text = (await http.get(f"{world.bridge.url}/metrics")).text
-            counted = [line for line in text.splitlines() if line.startswith("realtime_bridge_connections")]
-            assert counted, text
-            return int(sum(float(line.rpartition(" ")[2]) for line in counted))
+            [line] = [line for line in text.splitlines() if line.startswith("realtime_bridge_connections")]
+            return float(line.rpartition(" ")[2]) == 0
 
-        async def none_left() -> bool:
-            return await connections() == 0
-
-        await eventually(none_left)
+        await eventually(none_is_left)
         assert errors == []
 
 
 async def test_a_page_that_is_shown_again_asks_whether_the_bridge_is_there(
-    browser: Browser, database: str, namespace: str
+    browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    async with open_world(browser, database, namespace) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         ada = await world.user()
         said: list[str] = []
         ada.page.on("websocket", lambda socket: socket.on("framesent", lambda text: said.append(str(text))))

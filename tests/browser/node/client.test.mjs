@@ -2,9 +2,12 @@
 // Real sockets, a real bridge and a real browser: tests/browser/test_client.py.
 
 import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
 import { afterEach, beforeEach, mock, test } from "node:test";
 
-import { connect, EventParser, fold } from "../../../realtime_bridge/static/client.js";
+import * as client from "../../../realtime_bridge/static/client.js";
+
+const { connect, fold } = client;
 
 class FakeSocket {
   static all = [];
@@ -54,7 +57,11 @@ async function pass(ms = 0) {
 function start(options = {}) {
   tokens = 0;
   bridge = connect({
-    url: "http://bridge.test/", token: async () => `token-${++tokens}`, transports: ["websocket"], WebSocket: FakeSocket, ...options,
+    url: "http://bridge.test/",
+    token: async () => `token-${++tokens}`,
+    transports: ["websocket"],
+    WebSocket: FakeSocket,
+    ...options,
   });
   statuses = [];
   bridge.on("status", (status) => statuses.push(status));
@@ -82,7 +89,7 @@ async function answer(socket, { position = "e-1", current = true } = {}) {
 }
 
 const insert = (record, position, id = "1") => ({ type: "INSERT", ...posts, record, position, subscriptions: [id] });
-const update = (record, old_record, position, id = "1") => ({ ...insert(record, position, id), type: "UPDATE", old_record });
+const update = (record, old_record, position) => ({ ...insert(record, position), type: "UPDATE", old_record });
 const titles = (live) => [...live.rows.values()].map(({ title }) => title);
 
 /** A `load` whose answers the test gives when it likes. */
@@ -191,7 +198,8 @@ test("after a loss every copy goes on from its own position, without loading aga
   assert.equal(bridge.status, "connecting");
   await pass(300);
   socket = await accept({ position: "e-9", current: false });
-  assert.deepEqual(socket.said("subscribe").map(({ position, filter }) => [position, filter]), [["e-2", undefined], ["e-3", "title=eq.a"]]);
+  const subscribed = socket.said("subscribe").map(({ position, filter }) => [position, filter]);
+  assert.deepEqual(subscribed, [["e-2", undefined], ["e-3", "title=eq.a"]]);
   assert.equal(bridge.status, "behind");
   socket.say({ type: "pong", position: "e-2" }); // not at the end: no time
   assert.equal(bridge.status, "behind");
@@ -225,35 +233,13 @@ test("a subscription that does not stand yet is not moved by a pong that was ask
   assert.equal(live.position, null);
 });
 
-test("rows that bring their position are followed from there", async () => {
-  const [load, calls] = loads();
+test("a subscription ends with its copy", async () => {
+  const [load] = loads();
   const live = start().live("posts", { load });
   const socket = await accept();
-  socket.say(insert({ id: 5, title: "buffered" }, "e-6"));
-  calls[0].resolve({ rows: [{ id: 1, title: "cached" }], position: "e-0" });
-  await pass();
-  assert.deepEqual(titles(live), ["cached"]);
-  assert.equal(socket.said("unsubscribe")[0].id, "1");
-  assert.deepEqual(socket.said("subscribe")[1], { type: "subscribe", id: "2", table: "public.posts", position: "e-0" });
-  socket.say(insert({ id: 6, title: "of the old one" }, "e-7", "1"));
-  await answer(socket);
-  socket.say(insert({ id: 5, title: "again" }, "e-6", "2"));
-  assert.deepEqual(titles(live), ["cached", "again"]);
-});
-
-test("copies of one table and filter share a subscription, which ends with the last", async () => {
-  const [load, calls] = loads();
-  start();
-  const first = bridge.live("posts", { load });
-  const socket = await accept();
-  const second = bridge.live("public.posts", { load });
-  await pass();
-  assert.equal(socket.said("subscribe").length, 1);
-  assert.equal(calls.length, 2);
-  first.close();
-  assert.equal(socket.said("unsubscribe").length, 0);
-  second.close();
-  assert.equal(socket.said("unsubscribe").length, 1);
+  live.close();
+  assert.deepEqual(socket.said("unsubscribe"), [{ type: "unsubscribe", id: "1" }]);
+  assert.deepEqual([...new Set(statuses)], ["behind", "live"]);
 });
 
 test("keys of several columns, and a listener that throws", async () => {
@@ -290,6 +276,7 @@ test("without a token nothing is tried; a token that cannot be had now is asked 
   start({ token: () => answer() });
   await pass(2000);
   assert.equal(bridge.status, "offline");
+  assert.deepEqual(bridge.error, { code: 1013, detail: "token: no network" });
   answer = async () => null;
   await pass(30_000);
   assert.equal(bridge.status, "unauthorized");
@@ -307,7 +294,7 @@ for (const [code, status] of [[4400, "offline"], [4403, "unauthorized"], [4413, 
   });
 }
 
-test("waits are random below a limit that doubles up to 30 s, and start small again after a stable connection", async () => {
+test("waits are random below a limit that doubles up to 30 s, and start small after a stable connection", async () => {
   random.mock.mockImplementation(() => 0.999);
   start();
   const waits = [];
@@ -362,6 +349,29 @@ test("silence is answered with a ping, and no pong with a new connection", async
   assert.equal(FakeSocket.all.length, 2);
 });
 
+test("a minute asleep is followed by a ping, and silence by a new connection with a fresh token", async () => {
+  const [load, calls] = loads();
+  const live = start().live("posts", { load });
+  const socket = await accept();
+  calls[0].resolve([]);
+  socket.say(insert({ id: 1, title: "before" }, "e-2"));
+  const pings = socket.said("ping").length;
+  const awake = Date.now;
+  mock.method(Date, "now", () => awake() + 60_000); // as a clock goes on while no timer runs
+  await pass(5000);
+  assert.equal(socket.said("ping").length, pings + 1);
+  assert.equal(FakeSocket.all.length, 1);
+  await pass(5500);
+  assert.ok(socket.closed);
+  const next = await accept({ position: "e-3" });
+  assert.deepEqual(next.sent[0], { type: "auth", token: "token-2" });
+  assert.equal(next.said("subscribe")[0].position, "e-2");
+  next.say(insert({ id: 2, title: "meanwhile" }, "e-3"));
+  assert.deepEqual(titles(live), ["before", "meanwhile"]);
+  assert.equal(bridge.status, "live");
+  assert.equal(calls.length, 1);
+});
+
 test("the status is behind while completeUntil stands still", async () => {
   start();
   const socket = await accept();
@@ -398,27 +408,76 @@ test("a position that is not understood is let go, and the rows are loaded again
   assert.equal(calls.length, 2);
 });
 
-/** Plays `/events` as a long poll. */
-function serveLongPoll(asked = []) {
+/** Plays `/events` as a long poll; `next`, if there is one, is what the next poll for a table says. */
+function serveLongPoll(asked = [], next = []) {
   mock.method(globalThis, "fetch", (url, { headers, signal }) => {
-    asked.push({ ...Object.fromEntries(url.searchParams), authorization: headers.Authorization });
+    const query = Object.fromEntries(url.searchParams);
+    asked.push({ ...query, authorization: headers.Authorization });
     if (headers.Accept !== "application/json") return Promise.reject(new TypeError("no streams here"));
-    const body = { messages: [], position: "e-4", more: false, complete_until: time() };
+    const said = query.table ? next.shift() : undefined;
+    if (said instanceof Error) return Promise.reject(said);
+    const body = said ?? { messages: [], position: "e-4", more: false, complete_until: time() };
     return new Promise((resolve, reject) => {
       const stop = () => { clearTimeout(timer); reject(signal.reason); };
       const timer = setTimeout(() => {
         signal.removeEventListener("abort", stop);
         resolve(Response.json(body));
-      }, 1000 * url.searchParams.get("wait"));
+      }, said ? 0 : 1000 * query.wait);
       signal.addEventListener("abort", stop);
     });
   });
   return asked;
 }
 
+test("a copy that has more to read is behind, goes on reading at once, and after a loss from there", async () => {
+  const says = (n, more = true) => ({ messages: [insert({ id: n }, `e-${n}`)], position: `e-${n}0`, more });
+  const lost = new TypeError("lost");
+  const asked = serveLongPoll([], [{ ...says(1, false), complete_until: time() }, lost, says(2), lost, says(3)]);
+  start({ transports: ["longpoll"] });
+  const live = bridge.live("posts", { load: async () => [] });
+  const told = [];
+  bridge.on("status", (status) => told.push(`${status} ${live.position}`));
+  for (let i = 0; i < 20; i++) await pass(100);
+  assert.deepEqual(told, [
+    "behind null", "connecting e-10", "behind e-10", "connecting e-20", "behind e-20", "live e-4",
+  ]);
+  const positions = asked.filter(({ table }) => table).map(({ position }) => position);
+  assert.deepEqual(positions.slice(0, 7), [undefined, "e-10", "e-10", "e-20", "e-20", "e-30", "e-4"]);
+});
+
+test("a subscription that the bridge cannot begin just now is begun on another connection", async () => {
+  start().live("posts", { load: async () => [] });
+  const socket = await accept({ current: false });
+  socket.say({ type: "error", id: "1", code: 1013, detail: "overloaded" });
+  assert.ok(socket.closed);
+  await pass(300);
+  assert.equal((await accept()).said("subscribe")[0].position, "e-1");
+  assert.equal(bridge.status, "live");
+});
+
+test("a network that comes back is met with a connection at once", async () => {
+  const listeners = {};
+  globalThis.addEventListener = (name, listener) => { listeners[name] = listener; };
+  random.mock.mockImplementation(() => 0.999);
+  start();
+  for (let i = 0; i < 6; i++) {
+    await pass();
+    FakeSocket.last.end(1013);
+    if (i < 5) await pass(500 * 2 ** i);
+  }
+  assert.equal(FakeSocket.all.length, 6);
+  await pass(5000); // of 16 seconds
+  assert.equal(FakeSocket.all.length, 6);
+  listeners.online();
+  await pass();
+  assert.equal(FakeSocket.all.length, 7);
+  delete globalThis.addEventListener;
+});
+
 test("after two failures in a row the next transport has its turn, and later the best again", async () => {
   const asked = serveLongPoll();
-  const live = start({ transports: ["websocket", "sse", "longpoll"] }).live("posts", { load: async () => [], filter: "id=eq.1" });
+  start({ transports: ["websocket", "sse", "longpoll"] });
+  const live = bridge.live("posts", { load: async () => [], filter: "id=eq.1" });
   for (let i = 0; i < 20 && !bridge.transport; i++) {
     await pass(500);
     if (!FakeSocket.last.closed) FakeSocket.last.end(1006);
@@ -434,44 +493,103 @@ test("after two failures in a row the next transport has its turn, and later the
   assert.equal(FakeSocket.all.length, 2);
   await pass(8_000);
   assert.equal(FakeSocket.all.length, 3);
-  assert.equal(bridge.status, "live", "it is kept until the better one is ready");
+  FakeSocket.last.end(1006);
+  assert.equal(bridge.status, "live", "it is kept while the better ones are tried");
+  const before = Date.now();
+  while (FakeSocket.all.length === 3) await pass(1000);
+  const seconds = (Date.now() - before) / 1000; // in which it was the other one's turn, too
+  assert.ok(seconds > 120 + 240 && seconds < 120 + 240 + 15, `${seconds} s`);
   const socket = await accept();
   assert.equal(bridge.transport, "websocket");
-  assert.deepEqual(socket.said("subscribe")[0], { type: "subscribe", id: "1", table: "public.posts", filter: "id=eq.1", position: "e-4" });
+  const [{ filter, position }] = socket.said("subscribe");
+  assert.deepEqual([filter, position], ["id=eq.1", "e-4"]);
   assert.equal(bridge.status, "live");
 });
 
 test("more copies than connections take turns", async () => {
   const asked = serveLongPoll();
   start({ transports: ["longpoll"] });
-  const lives = Array.from({ length: 9 }, (_, i) => bridge.live("posts", { load: async () => [], filter: `id=eq.${i}` }));
+  const load = async () => [];
+  const lives = Array.from({ length: 9 }, (_, i) => bridge.live("posts", { load, filter: `id=eq.${i}` }));
   await pass(20_000);
   assert.ok(lives.every(({ loaded }) => loaded));
   assert.equal(bridge.status, "live");
   assert.ok(asked.filter(({ filter, wait }) => filter === "id=eq.8" && wait === "1").length >= 2);
-  assert.deepEqual([...new Set(asked.filter(({ filter }) => filter === "id=eq.0").map(({ wait }) => wait))], ["0", "25"]);
+  const firsts = asked.filter(({ filter }) => filter === "id=eq.0").map(({ wait }) => wait);
+  assert.deepEqual([...new Set(firsts)], ["0", "25"]);
 });
 
 test("what a proxy answers in the bridge's place is no refusal of the bridge", async () => {
-  mock.method(globalThis, "fetch", async () => new Response("<h1>Blocked</h1>", { status: 403, headers: { "Content-Type": "text/html" } }));
+  let type = "text/html";
+  const body = JSON.stringify({ status: 403, detail: "origin not allowed" });
+  mock.method(globalThis, "fetch", async () => new Response(body, { status: 403, headers: { "Content-Type": type } }));
   start({ transports: ["longpoll"] });
   await pass(2000);
   assert.equal(bridge.status, "offline");
-  assert.equal(bridge.error, null);
-  mock.method(globalThis, "fetch", async () => Response.json({ status: 403, detail: "origin not allowed" }, { status: 403, headers: { "Content-Type": "application/problem+json" } }));
+  assert.deepEqual(bridge.error, { code: 1006, detail: "HTTP 403 text/html, which no bridge says" });
+  type = "application/problem+json";
   await pass(30_000);
   assert.equal(bridge.status, "unauthorized");
   assert.deepEqual(bridge.error, { code: 4403, detail: "origin not allowed" });
 });
 
-test("events are read out of pieces of any size", () => {
-  const text = 'retry: 7\n\n: comment\r\nid: e-1\r\ndata: {"a":1}\r\n\r\ndata:x\rdata: y\r\rdata: é\n\nevent: e\n\nretry: 9\n\n';
-  for (let size = 1; size <= text.length; size++) {
-    const parser = new EventParser(), events = [];
-    for (let i = 0; i < text.length; i += size) events.push(...parser.push(text.slice(i, i + size)));
-    assert.deepEqual(events, ['{"a":1}', "x\ny", "é"], `pieces of ${size}`);
-    assert.equal(parser.retryMs, 9);
+/** Plays `/events` as streams, which the test writes: `told` is what each request asked for. */
+function serveStreams() {
+  const streams = [];
+  mock.method(globalThis, "fetch", async (url, { headers, signal }) => {
+    if (headers.Accept !== "text/event-stream") {
+      const position = url.searchParams.get("position") ?? "e-1";
+      return Response.json({ messages: [], position, more: false, complete_until: time() });
+    }
+    const stream = { told: Object.fromEntries(url.searchParams), aborted: signal };
+    const body = new ReadableStream({ start: (controller) => void (stream.controller = controller) });
+    stream.write = (text) => stream.controller.enqueue(new TextEncoder().encode(text));
+    stream.say = (message) => stream.write(`id: ${message.position}\ndata: ${JSON.stringify(message)}\n\n`);
+    signal.addEventListener("abort", () => stream.controller.error(signal.reason));
+    streams.push(stream);
+    return new Response(body, { headers: { "Content-Type": "text/event-stream; charset=utf-8" } });
+  });
+  return streams;
+}
+
+test("events are read out of pieces of any size, whatever characters their data has", async () => {
+  const title = "é\u2028\u2029\\n\n\ndata: x";
+  const event = (n) => `id: e-${n}\ndata: ${JSON.stringify(insert({ id: n, title }, `e-${n}`))}\n\n`;
+  const bytes = new TextEncoder().encode([2, 3, 4].map(event).join(":\n\n"));
+  for (const size of [1, 2, 3, 7, bytes.length]) {
+    const streams = serveStreams();
+    const live = start({ transports: ["sse"] }).live("posts", { load: async () => [] });
+    await pass();
+    streams[0].say({ type: "ready", position: "e-1", complete_until: time(), ping_seconds: 25 });
+    await pass();
+    for (let i = 0; i < bytes.length; i += size) streams[1].controller.enqueue(bytes.slice(i, i + size));
+    await pass(1);
+    assert.deepEqual(titles(live), [title, title, title], `pieces of ${size}`);
+    assert.equal(live.position, "e-4");
+    bridge.close();
   }
+});
+
+test("a stream that ends is begun anew when its last words say so, from where it was", async () => {
+  const streams = serveStreams();
+  start({ transports: ["sse"] }).live("posts", { load: async () => [] });
+  const ready = { type: "ready", position: "e-1", complete_until: time(), ping_seconds: 25 };
+  await pass();
+  streams[0].write("retry: 2000\n\n");
+  streams[0].say(ready);
+  await pass();
+  streams[1].say(insert({ id: 1 }, "e-7"));
+  await pass();
+  streams[0].write("retry: 4000\n\n");
+  streams[0].controller.close();
+  await pass(3900);
+  assert.equal(streams.length, 2);
+  assert.ok(streams[1].aborted.aborted);
+  await pass(200);
+  assert.equal(streams.length, 3);
+  streams[2].say(ready);
+  await pass();
+  assert.equal(streams[3].told.position, "e-7");
 });
 
 test("folding again from any point on leads to the same copy", () => {
@@ -498,8 +616,34 @@ test("folding again from any point on leads to the same copy", () => {
       for (let from = 0; from <= image; from++) {
         const rows = new Map(images[image]);
         for (const change of history.slice(from)) fold(rows, change, keyOf);
-        assert.deepEqual(new Map([...rows].sort()), new Map([...table].sort()), JSON.stringify({ history, image, from }));
+        const story = JSON.stringify({ history, image, from });
+        assert.deepEqual(new Map([...rows].sort()), new Map([...table].sort()), story);
       }
     }
   }
+});
+
+/** The names that an interface of client.d.ts declares. */
+function declared(types, name) {
+  const [, body] = new RegExp(`^export interface ${name}\\b.*?\\{\\n(.*?)^\\}`, "ms").exec(types);
+  const members = body.replace(/\/\*.*?\*\//gs, "").matchAll(/^  (?:readonly )?(\w+)[?(<:]/gm);
+  return [...new Set([...members].map(([, member]) => member))].sort();
+}
+
+/** The names that an object offers, its classes' too: those without an underscore. */
+function offered(object) {
+  const names = new Set();
+  for (let it = object; it !== Object.prototype; it = Object.getPrototypeOf(it)) {
+    for (const name of Object.getOwnPropertyNames(it)) if (!name.startsWith("_")) names.add(name);
+  }
+  names.delete("constructor");
+  return [...names].sort();
+}
+
+test("client.d.ts declares what there is and nothing else", async () => {
+  const types = await readFile(new URL("../../../realtime_bridge/static/client.d.ts", import.meta.url), "utf8");
+  const exported = [...types.matchAll(/^export (?:function|class|const) (\w+)/gm)].map(([, name]) => name);
+  assert.deepEqual(exported.sort(), Object.keys(client).sort());
+  assert.deepEqual(declared(types, "Bridge"), offered(start()));
+  assert.deepEqual(declared(types, "Live"), offered(bridge.live("posts", { load: async () => [] })));
 });
