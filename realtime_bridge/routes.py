@@ -6,7 +6,8 @@ Layer: whole. May import: everything above.
 import base64
 import secrets
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
@@ -23,6 +24,14 @@ from realtime_bridge.rest.problems import problem
 
 if TYPE_CHECKING:
     from realtime_bridge.bridge import Bridge
+
+_MEDIA_TYPES: Final = {".js": "text/javascript", ".ts": "text/plain", ".css": "text/css"}
+_FRESH: Final = {"Cache-Control": "no-cache"}
+"""Ask each time: after an upgrade the page and the client are those of the new version."""
+_PAGE_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def make_router(bridge: "Bridge") -> APIRouter:
@@ -83,15 +92,27 @@ def _add_pages(router: APIRouter, bridge: "Bridge") -> None:
     async def page(request: Request) -> Response:
         if not _is_admin(bridge, request):
             return problem(401, "the admin token is needed", {"WWW-Authenticate": 'Basic realm="realtime_bridge"'})
-        return Response(_static("index.html"), media_type="text/html")
+        return live_page()
 
     @router.get("/client.js")
-    async def client() -> Response:
-        return Response(_static("client.js"), media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+    @router.get("/client.d.ts", include_in_schema=False)
+    @router.get("/page.js", include_in_schema=False)
+    @router.get("/page.css", include_in_schema=False)
+    async def static(request: Request) -> Response:
+        name = request.url.path.rpartition("/")[2]
+        return Response(_static(name), media_type=_MEDIA_TYPES[Path(name).suffix], headers=_FRESH)
 
-    @router.get("/client.d.ts")
-    async def client_types() -> Response:
-        return Response(_static("client.d.ts"), media_type="text/plain")
+
+def live_page(users: str | None = None) -> Response:
+    """The live page.
+
+    Args:
+        users: where it finds users with their tokens; without that it asks for tokens.
+    """
+    content = _static("index.html")
+    if users is not None:
+        content = content.replace(b"<body>", f'<body data-users="{users}">'.encode())
+    return Response(content, media_type="text/html", headers=_FRESH | {"Content-Security-Policy": _PAGE_POLICY})
 
 
 def _static(name: str) -> bytes:

@@ -12,10 +12,9 @@ import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib import resources
 
 from fastapi import APIRouter, FastAPI, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 from realtime_bridge import __version__, logs
 from realtime_bridge.bridge import Bridge
@@ -23,6 +22,7 @@ from realtime_bridge.cli.serve import server_config
 from realtime_bridge.dev.users import SampleUser, sample_users
 from realtime_bridge.errors import BridgeError
 from realtime_bridge.rest import problems
+from realtime_bridge.routes import live_page
 from realtime_bridge.server import BridgeServer
 from realtime_bridge.settings import Settings
 
@@ -44,7 +44,7 @@ def _dev_router(settings: Settings, users: Sequence[SampleUser]) -> APIRouter:
 
     @router.get("/")
     async def page() -> Response:
-        return HTMLResponse(resources.files("realtime_bridge").joinpath("static/index.html").read_bytes())
+        return live_page(users="dev/users.json")
 
     @router.get("/dev/users.json")
     async def sample() -> Response:

@@ -122,7 +122,11 @@ class _Demo:
         self._service_key = api_key(self._secret, "service_role")
         self._anon_key = api_key(self._secret, "anon")
         self._users = sample_users(options.users)
-        self._settings = {"SUPABASE_JWT_SECRET": self._secret, "BRIDGE_DRAIN_SECONDS": str(DRAIN_SECONDS)}
+        self._settings = {
+            "SUPABASE_JWT_SECRET": self._secret,
+            "BRIDGE_DRAIN_SECONDS": str(DRAIN_SECONDS),
+            "BRIDGE_PING_SECONDS": "5",  # what the page shows of `complete_until` then moves while one looks
+        }
         self._parts: list[_Part] = []
         self._bridges: list[BridgeChild] = []
         self._writer: Writer | None = None

@@ -70,6 +70,8 @@ async def test_the_wheel_alone_serves(
             async with httpx.AsyncClient() as client:
                 page = await client.get(url, headers={"Authorization": "Bearer admin"})
                 assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+                for name in ("page.js", "page.css", "client.js", "client.d.ts"):
+                    assert (await client.get(f"{url}/{name}")).status_code == 200
             async with open_socket(url, token(str(uuid.UUID(int=1)))) as socket:
                 assert (await receive(socket))["type"] == "ready"
         finally:
