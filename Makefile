@@ -9,14 +9,11 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	@exec $(BIN)/realtime-bridge dev $(ARGS)
 
-# The browser client has a suite of its own until the page stands on it: make browser.
-CLIENT := tests/browser tests/integration/test_client_node.py
-
 test: lint types
-	$(BIN)/python -m pytest $(CLIENT:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 browser: $(READY)
-	$(BIN)/python -m pytest $(CLIENT) $(ARGS)
+	$(BIN)/python -m pytest tests/browser tests/integration/test_client_node.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -50,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf $(VENV) dist build test-artefacts .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
 # docs: put the table of settings that the code prints between its marks in docs/operations.md.
 .PHONY: docs
