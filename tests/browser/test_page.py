@@ -213,9 +213,12 @@ async def test_a_phone_shows_it_without_scrolling_sideways(scheme: str, browser:
         await ada.shows("W" * 200, "A title of ordinary length")
         width = await page.evaluate("() => document.documentElement.scrollWidth")
         assert width == PHONE["width"]
-        assert await page.evaluate(
-            "() => [...document.querySelectorAll('.panel')].every((it) => it.scrollWidth <= it.clientWidth)"
+        cut_off = await page.evaluate(
+            """() => [...document.querySelectorAll(".panel, .panel *")]
+              .filter((it) => it.clientWidth > 0 && it.scrollWidth > it.clientWidth)
+              .map((it) => it.outerHTML)"""
         )
+        assert cut_off == []
         await keep(page, f"phone-{scheme}")
 
 
