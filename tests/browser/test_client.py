@@ -159,6 +159,23 @@ async def test_no_token_is_part_of_an_address(
         assert not [address for address in addresses if "eyJ" in address or "token=" in address]
 
 
+async def test_a_page_of_another_host_that_is_allowed_has_every_transport(
+    browser: Browser, database: str, namespace: str
+) -> None:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    settings = {"BRIDGE_SLOT": namespace.replace("-", "_"), "BRIDGE_ALLOWED_ORIGINS": "*"}
+    async with BridgeProcess(database, **settings) as bridge, open_world(browser, bridge, database) as world:
+        users = await world.users(TRANSPORTS, url=bridge.url)
+        await world.post("from afar")
+        for user, transport in zip(users, TRANSPORTS, strict=True):
+            await user.has("from afar")
+            assert await user.get("bridge.transport") == transport
+        exported = await users[0].page.evaluate(
+            "async (url) => Object.keys(await import(url))", f"{bridge.url}/client.js"
+        )
+        assert exported == ["connect", "fold"]
+
+
 @pytest.mark.parametrize(
     ("refused", "transport"),
     [(("upgrade: websocket",), "sse"), (("upgrade: websocket", "accept: text/event-stream"), "longpoll")],

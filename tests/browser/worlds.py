@@ -90,11 +90,11 @@ class World:
         await page.wait_for_function("() => window.page")
         return User(sub, self.site, context, page)
 
-    async def users(self, transports: list[str]) -> list[User]:
+    async def users(self, transports: list[str], **options: Any) -> list[User]:
         """One and the same person, who has come by each transport."""
         users = [await self.user() for _ in transports]
         for user, transport in zip(users, transports, strict=True):
-            await user.start(transports=[transport])
+            await user.start(transports=[transport], **options)
         for user in users:
             await user.becomes("live")
         return users
