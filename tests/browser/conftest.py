@@ -47,9 +47,9 @@ def shared_database(postgres: EmbeddedPostgres, _template: str) -> Iterator[str]
 
 @pytest.fixture(scope="package")
 async def bridge(browser: Browser, shared_database: str) -> AsyncIterator[BridgeProcess]:
-    """A bridge with its history in memory, for tests that leave it running."""
+    """A bridge with its history in memory, for tests that leave it running. It serves pages of any host."""
     await ensure_publication(shared_database, PUBLICATION, ["public.posts"])
     slot = f"browser_{uuid.uuid4().hex[:12]}"
-    settings = {"BRIDGE_SLOT": slot, "BRIDGE_ADMIN_TOKEN": "admin", "BRIDGE_DRAIN_SECONDS": "1"}
-    async with BridgeProcess(shared_database, **settings) as bridge:
+    settings = {"BRIDGE_SLOT": slot, "BRIDGE_ADMIN_TOKEN": "admin", "BRIDGE_ALLOWED_ORIGINS": "*"}
+    async with BridgeProcess(shared_database, BRIDGE_DRAIN_SECONDS="1", **settings) as bridge:
         yield bridge

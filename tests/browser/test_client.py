@@ -51,9 +51,9 @@ async def test_two_users_each_have_a_copy_of_what_they_may_see(
         ada, bob = await world.user(ADA), await world.user(BOB)
         await ada.start(transports=[transport])
         await bob.start(transports=[transport])  # while it changes
-        await change_at_random(world, range(40, 190))
+        await change_at_random(world, range(40, 140))
         await asyncio.gather(ada.becomes("live"), bob.becomes("live"))
-        await change_at_random(world, range(190, 240))
+        await change_at_random(world, range(140, 180))
         for user in (ada, bob):
             assert await user.get("bridge.transport") == transport
             await user.agrees(world.bridge.url)
@@ -160,11 +160,9 @@ async def test_no_token_is_part_of_an_address(
 
 
 async def test_a_page_of_another_host_that_is_allowed_has_every_transport(
-    browser: Browser, database: str, namespace: str
+    browser: Browser, bridge: BridgeProcess, shared_database: str
 ) -> None:
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    settings = {"BRIDGE_SLOT": namespace.replace("-", "_"), "BRIDGE_ALLOWED_ORIGINS": "*"}
-    async with BridgeProcess(database, **settings) as bridge, open_world(browser, bridge, database) as world:
+    async with open_world(browser, bridge, shared_database) as world:
         users = await world.users(TRANSPORTS, url=bridge.url)
         await world.post("from afar")
         for user, transport in zip(users, TRANSPORTS, strict=True):
