@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Many tests wait, so several processes share them: ARGS="-n0 …" runs in one, as does pytest by itself.
+PYTEST := $(BIN)/python -m pytest -n auto
 
 .PHONY: demo test browser check lint types format unit integration bench build clean
 
@@ -10,7 +12,7 @@ demo: $(READY)
 	@exec $(BIN)/realtime-bridge dev $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 browser: $(READY)
 	$(BIN)/python -m pytest tests/browser tests/integration/test_client_node.py $(ARGS)
@@ -30,7 +32,7 @@ unit: $(READY)
 	$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
 
 integration: $(READY)
-	$(BIN)/python -m pytest tests/integration tests/faults $(ARGS)
+	$(PYTEST) tests/integration tests/faults $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

@@ -15,14 +15,13 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import APIRouter
 
 from realtime_bridge.auth import Verifier
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.broker.memory import MemoryBroker
-from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, UnavailableError
 from realtime_bridge.hub.hub import Hub
@@ -34,13 +33,14 @@ from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.routes import make_router
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.base import Source
-from realtime_bridge.sources.postgres import PostgresSource
-from realtime_bridge.sources.supabase import SupabaseSource
 from realtime_bridge.tickets import MemoryTicketStore, RedisTicketStore, Tickets, TicketStore
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import Credentials, origin_allowed
 from realtime_bridge.transports.uvicorn_protocol import RedactQuery
 from realtime_bridge.transports.websocket import WebSocketEndpoint
+
+if TYPE_CHECKING:  # sources and the Redis broker take a while to import, and no process needs all of them
+    from realtime_bridge.broker.redis import RedisBroker
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Bridge:
 
     def _assemble(
         self,
-        broker: RedisBroker | MemoryBroker,
+        broker: "RedisBroker | MemoryBroker",
         policy: PolicyEngine,
         source: Source,
         database: Database | None,
@@ -338,11 +338,13 @@ def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
     return PolicyEngine(settings.tables, settings.roles, settings.policies, catalog)
 
 
-def make_broker(settings: Settings) -> RedisBroker | MemoryBroker:
+def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
     """Where the history is kept with these settings."""
     size, bytes_, seconds = settings.history_size, settings.history_bytes, settings.history_seconds
     if settings.redis_url is None:
         return MemoryBroker(history_size=size, history_bytes=bytes_, history_seconds=seconds)
+    from realtime_bridge.broker.redis import RedisBroker
+
     return RedisBroker(
         settings.redis_url.get_secret_value(),
         namespace=settings.namespace,
@@ -352,14 +354,16 @@ def make_broker(settings: Settings) -> RedisBroker | MemoryBroker:
     )
 
 
-def make_ticket_store(broker: RedisBroker | MemoryBroker) -> TicketStore:
+def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:
     """Where tickets are kept: beside the history, so that whoever reads that knows them."""
-    return RedisTicketStore(broker.link) if isinstance(broker, RedisBroker) else MemoryTicketStore()
+    return MemoryTicketStore() if isinstance(broker, MemoryBroker) else RedisTicketStore(broker.link)
 
 
 def make_source(settings: Settings, database: Database | None) -> Source:
     """Where changes come from with these settings."""
     if settings.source_kind == "postgres":
+        from realtime_bridge.sources.postgres import PostgresSource
+
         return PostgresSource(
             _secret(settings.database_url),
             slot=settings.slot,
@@ -367,6 +371,8 @@ def make_source(settings: Settings, database: Database | None) -> Source:
             tables=settings.tables,
             transaction_rows=settings.transaction_rows,
         )
+    from realtime_bridge.sources.supabase import SupabaseSource
+
     assert settings.supabase_url is not None, "settings.require has looked"
     keys = None if database is None else database.primary_key
     return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables, keys=keys)

@@ -1,13 +1,25 @@
-"""uvicorn as `serve` and `dev` run it.
+"""The bridge under uvicorn, as `serve` and `dev` run it: with the fast path and an orderly stop.
 
 Layer: whole.
 """
 
+import asyncio
+import logging
 import socket
 from collections.abc import Callable
 
+from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.supervisors import Multiprocess
+
+from realtime_bridge import logs
+from realtime_bridge.app import create_app
+from realtime_bridge.bridge import make_policy, make_source
+from realtime_bridge.database import Database
+from realtime_bridge.errors import ConfigurationError, UnavailableError
+from realtime_bridge.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class BridgeServer(Server):
@@ -28,8 +40,79 @@ class BridgeServer(Server):
             self._on_started(self.servers[0].sockets[0].getsockname()[1])
 
 
-def run_workers(config: Config, *, started: Callable[[int], None]) -> None:
-    """Several processes that share one listening socket, started again when they die, until a signal."""
-    listening = config.bind_socket()
-    started(listening.getsockname()[1])
-    Multiprocess(config, sockets=[listening]).run()
+def run(*, host: str, port: int, workers: int) -> None:
+    """Serve until a signal; several workers share one listening socket, and are started again when they die.
+
+    Raises:
+        ConfigurationError: it can never work like this.
+        UnavailableError: the database cannot be reached now.
+    """
+    logs.configure()
+    settings = Settings.load()
+    if workers > 1 and settings.redis_url is None:
+        raise ConfigurationError(
+            "REDIS_URL is missing: without it the history is in the memory of one process, so --workers must be 1."
+        )
+    asyncio.run(preflight(settings))
+    config = server_config(settings, host=host, port=port, workers=workers)
+
+    def started(bound: int) -> None:
+        logger.info("listening", extra={"url": f"http://{host}:{bound}", "port": bound})
+
+    if workers > 1:
+        listening = config.bind_socket()
+        started(listening.getsockname()[1])
+        Multiprocess(config, sockets=[listening]).run()
+    else:
+        BridgeServer(config, started=started).run()
+
+
+def server_config(settings: Settings, *, host: str, port: int, workers: int = 1) -> Config:
+    """How uvicorn runs the bridge: our protocol class, no compression (its memory), time to drain."""
+    return Config(
+        "realtime_bridge.server:application",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        http="realtime_bridge.transports.uvicorn_protocol:BridgeHttpProtocol",
+        ws="realtime_bridge.transports.uvicorn_protocol:BridgeWebSocketProtocol",
+        ws_per_message_deflate=False,
+        ws_max_size=65_536,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=4096,
+        timeout_keep_alive=75,  # longer than what stands in front keeps a connection to use it again
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+
+
+def application() -> FastAPI:
+    """What every process serves; workers begin here, with nothing of the parent's set up."""
+    logs.configure()
+    return create_app()
+
+
+async def preflight(settings: Settings) -> None:
+    """Find out before the start what can never work, so that it is one sentence and not a traceback.
+
+    Raises:
+        ConfigurationError: naming the variable or the SQL that mends it.
+        UnavailableError: the database cannot be reached now.
+    """
+    if settings.database_url is not None:
+        async with Database(settings.database_url.get_secret_value()) as database:
+            await make_policy(settings, database).load()
+            await _check_source(settings, database)
+    else:
+        await make_policy(settings, None).load()
+        await _check_source(settings, None)
+
+
+async def _check_source(settings: Settings, database: Database | None) -> None:
+    try:
+        await make_source(settings, database).check()
+    except UnavailableError:
+        return  # it may come; /readyz tells until then

@@ -20,14 +20,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from realtime_bridge.broker.redis_link import Link
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BrokerError, UnauthorizedError, UnavailableError
+
+if TYPE_CHECKING:  # takes a while to import, and no ticket in memory needs it
+    from realtime_bridge.broker.redis_link import Link
 
 FRESH_SECONDS: Final = 30
 """For so long a ticket may wait for its first use."""
@@ -194,7 +196,7 @@ class RedisTicketStore:
         most: tickets held.
     """
 
-    def __init__(self, link: Link, *, most: int = MOST_TICKETS) -> None:
+    def __init__(self, link: "Link", *, most: int = MOST_TICKETS) -> None:
         self._link = link
         self._most = most
 

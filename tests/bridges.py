@@ -1,9 +1,9 @@
-"""Bridges as an operator runs them: `realtime-bridge serve` in processes of their own, killed by process id."""
+"""Bridges as an operator runs them: `realtime-bridge serve` in processes of their own."""
 
+import asyncio
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,8 @@ from typing import Self
 
 import httpx
 
+from tests.clients import http
+from tests.forks import fork
 from tests.services import SECRET, eventually
 
 PUBLICATION = "bridge"
@@ -32,6 +34,7 @@ class BridgeProcess:
         self._arguments = arguments
         self._folder = TemporaryDirectory(prefix="bridge-test-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "log")
+        self._log.touch()
         self.port = 0  # the system picks one at the first start, and later starts keep it
 
     @property
@@ -44,6 +47,7 @@ class BridgeProcess:
 
     @property
     def pid(self) -> int:
+        assert self._process.pid is not None, "started"
         return self._process.pid
 
     @property
@@ -51,52 +55,53 @@ class BridgeProcess:
         return self._log.read_text(errors="replace")
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "realtime_bridge", "serve", "--port", str(self.port), *self._arguments]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder.name
-            )
+        arguments = ["serve", "--port", str(self.port), *self._arguments]
+        self._process = fork(arguments, self._environment, self._folder.name, self._log)
 
     async def ready(self, timeout: float = 30) -> None:
         """Wait until it listens and says that it can do its job."""
 
         async def is_ready() -> bool:
-            assert self._process.poll() is None, f"the bridge has ended:\n{self.log}"
+            assert self._process.is_alive(), f"the bridge has ended:\n{self.log}"
             found = re.findall(r'"port":"(\d+)"', self.log)
             if not found:
                 return False
             self.port = int(found[-1])
-            async with httpx.AsyncClient() as client:
-                try:
-                    return (await client.get(f"{self.url}/readyz")).status_code == 200
-                except httpx.TransportError:
-                    return False
+            try:
+                return (await client.get(f"{self.url}/readyz")).status_code == 200
+            except httpx.TransportError:
+                return False
 
-        try:
-            await eventually(is_ready, timeout)
-        except AssertionError as error:
-            raise AssertionError(f"not ready:\n{self.log}") from error
+        async with http("") as client:
+            try:
+                await eventually(is_ready, timeout)
+            except AssertionError as error:
+                raise AssertionError(f"not ready:\n{self.log}") from error
 
     def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        os.kill(self.pid, number)
 
     def run(self, timeout: float = 30) -> int:
         """Start it where it is expected to end by itself: the exit status."""
         self.start()
         try:
-            return self._process.wait(timeout)
+            return self._wait(timeout)
         finally:
-            self._process.kill()
-            self._process.wait(5)
+            self.kill()
 
     def stop(self, timeout: float = 15) -> int:
         """SIGTERM, and the exit status."""
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(timeout)
+        self._process.terminate()
+        return self._wait(timeout)
 
     def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(5)
+        self._process.kill()
+        self._wait(5)
+
+    def _wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"the bridge does not end:\n{self.log}"
+        return self._process.exitcode
 
     def forget(self) -> None:
         """Remove its folder, log and all. Leaving the block does it, too."""
@@ -114,14 +119,11 @@ class BridgeProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(15)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(5)
+        if self._process.is_alive():
+            self.signal(signal.SIGCONT)
+            self._process.terminate()
+            await asyncio.to_thread(self._process.join, 15)  # what it says good-bye to may live in this loop
+            self.kill()
         if kind is not None:
             sys.stderr.write(f"--- log of the bridge on port {self.port} ---\n{self.log[-8000:]}\n")
         self.forget()

@@ -18,12 +18,11 @@ from fastapi.responses import JSONResponse
 
 from realtime_bridge import __version__, logs
 from realtime_bridge.bridge import Bridge
-from realtime_bridge.cli.serve import server_config
 from realtime_bridge.dev.users import SampleUser, sample_users
 from realtime_bridge.errors import BridgeError
 from realtime_bridge.rest import problems
 from realtime_bridge.routes import live_page
-from realtime_bridge.server import BridgeServer
+from realtime_bridge.server import BridgeServer, server_config
 from realtime_bridge.settings import Settings
 
 

@@ -17,7 +17,8 @@ from tests.services import eventually, running
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 from realtime_bridge.dev.engines import EmbeddedPostgres, EmbeddedValkey
 with EmbeddedPostgres() as postgres, EmbeddedValkey(durable=True) as valkey:
     if "frozen" in sys.argv:

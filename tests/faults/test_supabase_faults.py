@@ -16,12 +16,11 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import asyncpg
-import httpx
 import pytest
 
 from realtime_bridge.dev.supabase import LocalSupabase
 from tests.bridges import BridgeProcess
-from tests.clients import Copy, Message, read_posts
+from tests.clients import Copy, Message, http, read_posts
 from tests.services import SECRET, eventually, token
 
 pytestmark = [
@@ -93,8 +92,8 @@ class Scene:
 
     async def problem(self) -> str:
         """Why the bridge says that it is not ready; empty if it is."""
-        async with httpx.AsyncClient() as http:
-            upstream = (await http.get(f"{self.bridge.url}/readyz")).json()["checks"]["upstream"]
+        async with http(self.bridge.url) as client:
+            upstream = (await client.get("/readyz")).json()["checks"]["upstream"]
         return "" if upstream["ok"] else str(upstream["reason"])
 
     async def lose(self) -> None:

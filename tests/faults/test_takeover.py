@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import asyncpg
-import httpx
 import pytest
 
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
-from tests.clients import open_socket, receive, receive_data
+from tests.clients import http, open_socket, receive, receive_data
 from tests.services import eventually, token
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(120)]
@@ -34,8 +33,8 @@ async def two_bridges(
 
 
 async def leads(bridge: BridgeProcess) -> bool:
-    async with httpx.AsyncClient() as client:
-        page = (await client.get(f"{bridge.url}/metrics")).text
+    async with http(bridge.url) as client:
+        page = (await client.get("/metrics")).text
     found = re.search(r"^realtime_bridge_leading (\S+)$", page, re.M)
     assert found is not None
     return float(found[1]) == 1

@@ -29,14 +29,14 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Origin
 
 from realtime_bridge.cli import cli
-from realtime_bridge.cli.serve import server_config
 from realtime_bridge.dev.engines import EmbeddedPostgres, EmbeddedValkey
 from realtime_bridge.dev.processes import EmbeddedServer
 from realtime_bridge.errors import ConfigurationError
+from realtime_bridge.server import server_config
 from realtime_bridge.settings import Settings, describe
 from realtime_bridge.transports.events import MAX_WAIT_SECONDS
 from tests.bridges import BridgeProcess, environment
-from tests.clients import Copy, bearer, open_socket, receive, receive_data
+from tests.clients import Copy, bearer, http, open_socket, receive, receive_data
 from tests.services import eventually, running, token
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -138,9 +138,9 @@ class Deployment:
     async def connections(self) -> list[int]:
         """How many each bridge has open."""
         counts = []
-        async with httpx.AsyncClient() as client:
-            for bridge in self.bridges:
-                page = (await client.get(f"{bridge.url}/metrics")).text
+        for bridge in self.bridges:
+            async with http(bridge.url) as client:
+                page = (await client.get("/metrics")).text
                 counts += [float(n) for n in re.findall(r"^realtime_bridge_connections ([\d.]+)", page, re.M)]
         return [int(count) for count in counts]
 

@@ -41,7 +41,9 @@ def other_url(demo: Demo) -> str:
     return str(addresses[-1])
 
 
-@pytest.mark.parametrize("arguments", [(), ("--redis",), ("--source", "supabase")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [(), ("--redis",), ("--source", "supabase"), ("--source", "supabase", "--redis")], ids=" ".join
+)
 async def test_each_user_is_shown_their_own_and_public_rows_and_nothing_else(arguments: tuple[str, ...]) -> None:
     with Demo("--no-writer", *arguments) as demo:
         env = await demo.ready()

@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from realtime_bridge.dev.processes import reserve_port
-from realtime_bridge.sources.postgres import ensure_publication
-from tests.bridges import PUBLICATION, environment
-from tests.clients import bearer, open_socket, receive, receive_data
+from tests.bridges import environment
+from tests.clients import bearer, http, open_socket, receive, receive_data
 from tests.services import eventually, token
+from tests.ways import Way
 
 pytestmark = pytest.mark.integration
 
@@ -28,12 +28,11 @@ FAST = ["--ws", f"{CLASSES}BridgeWebSocketProtocol", "--http", f"{CLASSES}Bridge
 
 
 @asynccontextmanager
-async def own_application(database: str, namespace: str, *arguments: str, **settings: str) -> AsyncIterator[str]:
+async def own_application(database: str, settings: dict[str, str], *arguments: str) -> AsyncIterator[str]:
     """`uvicorn examples.own_app:app`, with an access log: its address. No credential may be in what it prints."""
     with reserve_port() as held:
         port = held.getsockname()[1]
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    given = environment(database, BRIDGE_SLOT=namespace.replace("-", "_"), **settings)
+    given = environment(database, **settings)
     command = [sys.executable, "-m", "uvicorn", "examples.own_app:app", "--port", str(port), *arguments]
     process = await asyncio.create_subprocess_exec(
         *command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -42,14 +41,14 @@ async def own_application(database: str, namespace: str, *arguments: str, **sett
     url = f"http://127.0.0.1:{port}"
 
     async def is_ready() -> bool:
-        async with httpx.AsyncClient() as client:
-            try:
-                return (await client.get(f"{url}/readyz")).status_code == 200
-            except httpx.TransportError:
-                return False
+        try:
+            return (await client.get("/readyz")).status_code == 200
+        except httpx.TransportError:
+            return False
 
     try:
-        await eventually(is_ready, 30)
+        async with http(url) as client:
+            await eventually(is_ready, 30)
         yield url
     finally:
         process.terminate()
@@ -62,35 +61,34 @@ async def own_application(database: str, namespace: str, *arguments: str, **sett
 
 
 @pytest.mark.parametrize("arguments", [[], FAST], ids=["plain", "fast"])
-async def test_an_application_of_ones_own_carries_the_bridge(
-    arguments: list[str], database: str, namespace: str
-) -> None:
-    async with own_application(database, namespace, *arguments) as url:
-        async with httpx.AsyncClient(headers=bearer(token(ADA))) as http:
-            assert (await http.get(f"{url}/whoami")).json() == {"sub": ADA, "role": "authenticated"}
+async def test_an_application_of_ones_own_carries_the_bridge(arguments: list[str], way: Way) -> None:
+    async with way.upstream("public.posts") as settings, own_application(way.database, settings, *arguments) as url:
+        async with http(url, token(ADA)) as client:
+            assert (await client.get("/whoami")).json() == {"sub": ADA, "role": "authenticated"}
             async with open_socket(url, None, token=token(ADA)) as socket:
                 assert (await receive(socket))["type"] == "ready"
-                assert (await http.post(f"{url}/posts", json={"title": "mine"})).status_code == 201
+                assert (await client.post("/posts", json={"title": "mine"})).status_code == 201
                 assert (await receive_data(socket))["record"]["title"] == "mine"
-            async with http.stream("GET", f"{url}/events", headers={"Accept": "text/event-stream"}) as stream:
+            async with client.stream("GET", "/events", headers={"Accept": "text/event-stream"}) as stream:
                 lines = stream.aiter_lines()
                 while not (line := await anext(lines)).startswith("data: "):
                     pass
                 assert json.loads(line.removeprefix("data: "))["type"] == "ready"
-                assert (await http.post(f"{url}/posts", json={"title": "again"})).status_code == 201
+                assert (await client.post("/posts", json={"title": "again"})).status_code == 201
                 while not (line := await anext(lines)).startswith('data: {"type":"INSERT"'):
                     pass
-            connection = await asyncpg.connect(database)
+            connection = await asyncpg.connect(way.database)
             assert await connection.fetchval("select count(*) from posts") == 2
             await connection.close()
 
 
 @pytest.mark.parametrize("arguments", [[], FAST], ids=["plain", "fast"])
-async def test_a_page_of_another_host_uses_a_ticket_there(arguments: list[str], database: str, namespace: str) -> None:
+async def test_a_page_of_another_host_uses_a_ticket_there(arguments: list[str], way: Way) -> None:
     app = "https://app.example.com"
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     async with (
-        own_application(database, namespace, *arguments, BRIDGE_ALLOWED_ORIGINS=app) as url,
+        way.upstream("public.posts") as settings,
+        own_application(way.database, {**settings, "BRIDGE_ALLOWED_ORIGINS": app}, *arguments) as url,
         httpx.AsyncClient(base_url=url, headers={"Origin": app}) as page,
     ):
         for path in ("/ticket", "/posts"):

@@ -6,8 +6,6 @@ import json
 import re
 import socket
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -17,23 +15,16 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from realtime_bridge.sources.postgres import ensure_publication
-from tests.bridges import PUBLICATION, BridgeProcess
-from tests.clients import bearer, open_socket, receive, receive_data
+from tests.bridges import BridgeProcess
+from tests.clients import bearer, http, open_socket, receive, receive_data
 from tests.services import eventually, token
+from tests.ways import Way
 
 pytestmark = pytest.mark.integration
 
 ADA = str(uuid.UUID(int=1))
 AS_ANOTHER = json.dumps({"type": "auth", "token": token(str(uuid.UUID(int=9)))})
 RS_HEADER = base64.urlsafe_b64encode(b'{"alg":"RS256","typ":"JWT"}').rstrip(b"=").decode()
-
-
-@asynccontextmanager
-async def a_bridge(database: str, namespace: str, **settings: str) -> AsyncIterator[BridgeProcess]:
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    async with BridgeProcess(database, BRIDGE_SLOT=namespace.replace("-", "_"), **settings) as bridge:
-        yield bridge
 
 
 async def closed_with(
@@ -69,13 +60,14 @@ def unsigned(**claims: Any) -> str:
     return jwt.encode({"sub": ADA, "role": "authenticated", "aud": "authenticated", **claims}, "", algorithm="none")
 
 
-async def test_every_bad_request_gets_a_clear_refusal_and_one_line(database: str, namespace: str) -> None:
+async def test_every_bad_request_gets_a_clear_refusal_and_one_line(way: Way) -> None:
     good = token(ADA)
+    foreign = "unknown key" if way.has_public_keys else "algorithm"
     refusals: list[tuple[str, int, str, dict[str, Any]]] = [
         ("garbage token", 4401, "malformed", {"given": "garbage"}),
         ("no signature", 4401, "algorithm", {"given": unsigned()}),
         ("foreign secret", 4401, "signature", {"given": token(ADA, secret="x" * 40)}),
-        ("foreign algorithm", 4401, "algorithm", {"given": RS_HEADER + good[good.index(".") :]}),
+        ("foreign algorithm", 4401, foreign, {"given": RS_HEADER + good[good.index(".") :]}),
         ("expired", 4401, "expired", {"given": token(ADA, ttl=-60)}),
         ("wrong audience", 4401, "audience", {"given": token(ADA, aud="other")}),
         ("no subject", 4401, "sub", {"given": token(None)}),
@@ -98,19 +90,19 @@ async def test_every_bad_request_gets_a_clear_refusal_and_one_line(database: str
         ("auth with garbage", 4401, "malformed", {"given": None, "say": '{"type":"auth","token":"x.y"}'}),
         ("token of another user", 4403, "another", {"given": good, "say": AS_ANOTHER}),
     ]  # fmt: skip
-    async with a_bridge(database, namespace) as bridge:
+    async with way.bridge() as bridge:
         for name, code, words, request in refusals:
             lines = bridge.log.count("\n")
             say = [request.pop("say")] if "say" in request else []
             closed = await closed_with(bridge.url, request.pop("given"), *say, **request)
             assert (closed[0], words in closed[1]) == (code, True), (name, closed)
             assert bridge.log.count("\n") - lines <= 1, (name, bridge.log)
-        await still_serves(bridge, database)
+        await still_serves(bridge, way.database)
         assert not re.search(r"eyJ|garbage|Traceback", bridge.log)
 
 
-async def test_http_refusals_are_problems(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge, httpx.AsyncClient(base_url=bridge.url) as http:
+async def test_http_refusals_are_problems(way: Way) -> None:
+    async with way.bridge() as bridge, http(bridge.url) as client:
         good = bearer(token(ADA))
         for request, status in [
             ({"url": "/events"}, 401),
@@ -125,30 +117,28 @@ async def test_http_refusals_are_problems(database: str, namespace: str) -> None
             ({"url": "/posts/999", "headers": good}, 404),
             ({"url": "/"}, 404),
         ]:
-            answer = await http.get(**request)  # type: ignore[arg-type]
+            answer = await client.get(**request)  # type: ignore[arg-type]
             assert answer.status_code == status, (request, answer.text)
             assert answer.headers["content-type"] == "application/problem+json"
             assert {"type", "title", "status", "detail"} <= set(answer.json())
 
 
-async def test_a_position_of_the_future_or_of_another_history_is_answered_by_a_resync(
-    database: str, namespace: str
-) -> None:
-    async with a_bridge(database, namespace) as bridge, httpx.AsyncClient(headers=bearer(token(ADA))) as http:
-        position = (await http.get(f"{bridge.url}/events?wait=0")).json()["position"]
+async def test_a_position_of_the_future_or_of_another_history_is_answered_by_a_resync(way: Way) -> None:
+    async with way.bridge() as bridge, http(bridge.url, token(ADA)) as client:
+        position = (await client.get("/events?wait=0")).json()["position"]
         epoch = position.rpartition("-")[0]
         for wrong in (f"{epoch}-999999", "zzzzzzzz-1"):
-            async with open_socket(bridge.url, token(ADA), position=wrong) as client:
-                assert (await receive(client))["position"] != position  # who comes back with it is told again
-                message = await receive(client)
+            async with open_socket(bridge.url, token(ADA), position=wrong) as reader:
+                assert (await receive(reader))["position"] != position  # who comes back with it is told again
+                message = await receive(reader)
                 assert (message["type"], message["reason"]) == ("resync", "history_gone")
                 assert message["position"] == position
-            body = (await http.get(f"{bridge.url}/events?wait=0&position={wrong}")).json()
+            body = (await client.get(f"/events?wait=0&position={wrong}")).json()
             assert [m["reason"] for m in body["messages"]] == ["history_gone"]
 
 
-async def test_invalid_text_on_the_wire_is_refused(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
+async def test_invalid_text_on_the_wire_is_refused(way: Way) -> None:
+    async with way.bridge() as bridge:
         lines = bridge.log.count("\n")
         async with open_socket(bridge.url, token(ADA)) as client:
             await receive(client)
@@ -161,14 +151,14 @@ async def test_invalid_text_on_the_wire_is_refused(database: str, namespace: str
         assert "Traceback" not in bridge.log
 
 
-async def test_a_client_that_says_too_much_is_cut_off(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
+async def test_a_client_that_says_too_much_is_cut_off(way: Way) -> None:
+    async with way.bridge() as bridge:
         assert (await closed_with(bridge.url, token(ADA), *['{"type":"ping"}'] * 400))[0] == 4429
-        await still_serves(bridge, database)
+        await still_serves(bridge, way.database)
 
 
-async def test_a_user_has_so_many_connections_and_no_more(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace, BRIDGE_MAX_CONNECTIONS_PER_USER="2") as bridge:
+async def test_a_user_has_so_many_connections_and_no_more(way: Way) -> None:
+    async with way.bridge(BRIDGE_MAX_CONNECTIONS_PER_USER="2") as bridge:
         async with open_socket(bridge.url, token(ADA)) as one, open_socket(bridge.url, token(ADA)) as two:
             await receive(one)
             await receive(two)
@@ -184,8 +174,8 @@ async def is_welcome(bridge: BridgeProcess) -> bool:
             return False
 
 
-async def test_half_open_sockets_and_broken_handshakes_harm_nobody(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace, BRIDGE_PING_SECONDS="0.5") as bridge:
+async def test_half_open_sockets_and_broken_handshakes_harm_nobody(way: Way) -> None:
+    async with way.bridge(BRIDGE_PING_SECONDS="0.5") as bridge:
         silent = [socket.create_connection(("127.0.0.1", bridge.port)) for _ in range(20)]
         for i, link in enumerate(silent):
             link.sendall(
@@ -193,17 +183,17 @@ async def test_half_open_sockets_and_broken_handshakes_harm_nobody(database: str
                     i % 4
                 ]
             )
-        await still_serves(bridge, database)
+        await still_serves(bridge, way.database)
         for link in silent:
             link.close()
         assert "Traceback" not in bridge.log
 
 
-async def test_a_token_ends_where_it_says_and_a_newer_one_goes_on(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
+async def test_a_token_ends_where_it_says_and_a_newer_one_goes_on(way: Way) -> None:
+    async with way.bridge() as bridge:
         async with (
-            open_socket(bridge.url, token(ADA, ttl=4)) as ends,
-            open_socket(bridge.url, token(ADA, ttl=4)) as lives,
+            open_socket(bridge.url, token(ADA, ttl=6)) as ends,
+            open_socket(bridge.url, token(ADA, ttl=6)) as lives,
         ):
             for client in (ends, lives):
                 assert (await receive(client))["type"] == "ready"
@@ -217,8 +207,8 @@ async def test_a_token_ends_where_it_says_and_a_newer_one_goes_on(database: str,
             assert (await receive(lives))["type"] == "pong"
 
 
-async def test_a_token_may_come_four_ways(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
+async def test_a_token_may_come_four_ways(way: Way) -> None:
+    async with way.bridge() as bridge:
         good = token(ADA)
         async with open_socket(bridge.url, good) as by_header:
             assert (await receive(by_header))["type"] == "ready"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -14,31 +14,16 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from realtime_bridge.dev.engines import EmbeddedValkey
-from realtime_bridge.sources.postgres import ensure_publication
-from tests.bridges import PUBLICATION, BridgeProcess
+from tests.bridges import BridgeProcess
 from tests.clients import Message, bearer, open_socket, receive, receive_data
 from tests.integration.test_streams import Stream
 from tests.services import eventually, running, token
+from tests.ways import SHARED_WAYS, Way
 
 pytestmark = pytest.mark.integration
 
 ADA = str(uuid.UUID(int=1))
 BROWSER = {"User-Agent": "Browser/1"}
-
-
-@asynccontextmanager
-async def bridges(database: str, namespace: str, count: int, **settings: str) -> AsyncIterator[list[BridgeProcess]]:
-    """Replicas of one bridge; more than one share a Redis by `REDIS_URL`."""
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    settings |= {"BRIDGE_SLOT": namespace.replace("-", "_"), "BRIDGE_NAMESPACE": namespace}
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(BridgeProcess(database, **settings)) for _ in range(count)]
-
-
-@asynccontextmanager
-async def a_bridge(database: str, namespace: str, **settings: str) -> AsyncIterator[BridgeProcess]:
-    async with bridges(database, namespace, 1, **settings) as (bridge,):
-        yield bridge
 
 
 async def ticket_of(bridge: BridgeProcess, given: str | None = None) -> str:
@@ -96,8 +81,8 @@ async def titles(stream: Stream, count: int) -> list[str]:
     return [(await stream.receive_data())["record"]["title"] for _ in range(count)]
 
 
-async def test_a_ticket_is_given_for_a_token_that_holds(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge, httpx.AsyncClient(base_url=bridge.url) as http:
+async def test_a_ticket_is_given_for_a_token_that_holds(way: Way) -> None:
+    async with way.bridge() as bridge, httpx.AsyncClient(base_url=bridge.url) as http:
         answer = await http.post("/ticket", headers=bearer(token(ADA)))
         assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
         assert set(answer.json()) == {"ticket", "expires_in"}
@@ -120,13 +105,13 @@ async def test_a_ticket_is_given_for_a_token_that_holds(database: str, namespace
         assert (await http.get("/ticket", headers=bearer(token(ADA)))).status_code == 405
 
 
-async def test_a_ticket_opens_one_websocket_and_nothing_more(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace, BRIDGE_TOKEN_IN_QUERY="false") as bridge:
+async def test_a_ticket_opens_one_websocket_and_nothing_more(way: Way) -> None:
+    async with way.bridge(BRIDGE_TOKEN_IN_QUERY="false") as bridge:
         ticket = await ticket_of(bridge)
         async with open_socket(bridge.url, None, ticket=ticket) as socket:
             ready: Message = await receive(socket)
             assert (ready["type"], ready["tables"]) == ("ready", ["public.posts"])
-            await write(database, "hello")
+            await write(way.database, "hello")
             assert (await receive_data(socket))["record"]["title"] == "hello"
             await socket.send(json.dumps({"type": "auth", "token": token(ADA, ttl=7200)}))
             await socket.send('{"type":"ping"}')
@@ -139,15 +124,15 @@ async def test_a_ticket_opens_one_websocket_and_nothing_more(database: str, name
         assert ticket not in bridge.log
 
 
-async def test_a_stream_comes_back_with_its_ticket_and_misses_nothing(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace, BRIDGE_TOKEN_IN_QUERY="false") as bridge:
+async def test_a_stream_comes_back_with_its_ticket_and_misses_nothing(way: Way) -> None:
+    async with way.bridge(BRIDGE_TOKEN_IN_QUERY="false") as bridge:
         ticket = await ticket_of(bridge)
         async with stream_of(bridge, ticket) as stream:
             await stream.receive()
-            await write(database, "one", "two")
+            await write(way.database, "one", "two")
             assert await titles(stream, 1) == ["one"]
             last = stream.last_id
-        await write(database, "three")
+        await write(way.database, "three")
         for _ in range(2):
             async with stream_of(bridge, ticket, last) as again:
                 assert await titles(again, 2) == ["two", "three"]
@@ -163,9 +148,9 @@ async def test_a_stream_comes_back_with_its_ticket_and_misses_nothing(database: 
         assert ticket not in bridge.log
 
 
-async def test_a_stream_does_not_come_back_once_its_token_has_ended(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
-        ticket = await ticket_of(bridge, token(ADA, ttl=3))
+async def test_a_stream_does_not_come_back_once_its_token_has_ended(way: Way) -> None:
+    async with way.bridge() as bridge:
+        ticket = await ticket_of(bridge, token(ADA, ttl=6))
         async with stream_of(bridge, ticket) as stream:
             assert (await stream.receive())["type"] == "ready"
             while (message := await stream.receive())["type"] != "error":
@@ -174,8 +159,8 @@ async def test_a_stream_does_not_come_back_once_its_token_has_ended(database: st
         assert await refusal(bridge, ticket, stream.last_id) == (401, "token refused: expired")
 
 
-async def test_a_ticket_is_good_for_one_poll(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge, httpx.AsyncClient(base_url=bridge.url, timeout=20) as http:
+async def test_a_ticket_is_good_for_one_poll(way: Way) -> None:
+    async with way.bridge() as bridge, httpx.AsyncClient(base_url=bridge.url, timeout=20) as http:
         query = {"ticket": await ticket_of(bridge), "wait": "0"}
         first = await http.get("/events", params=query)
         assert (first.status_code, first.json()["messages"]) == (200, [])
@@ -183,8 +168,8 @@ async def test_a_ticket_is_good_for_one_poll(database: str, namespace: str) -> N
             assert (await http.get("/events", params=query, headers=headers)).status_code == 401
 
 
-async def test_bad_tickets_are_refused_with_one_line_each(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
+async def test_bad_tickets_are_refused_with_one_line_each(way: Way) -> None:
+    async with way.bridge() as bridge:
         good, secret = await ticket_of(bridge), token(ADA)
         wrong = good[:-4] + "AAAA"
         for query, code in [
@@ -204,23 +189,24 @@ async def test_bad_tickets_are_refused_with_one_line_each(database: str, namespa
             assert text not in bridge.log
 
 
-async def test_a_parameter_that_is_not_understood_leaves_the_ticket_good(database: str, namespace: str) -> None:
-    async with a_bridge(database, namespace) as bridge:
+async def test_a_parameter_that_is_not_understood_leaves_the_ticket_good(way: Way) -> None:
+    async with way.bridge() as bridge:
         ticket = await ticket_of(bridge)
         assert (await closed_with(bridge, {"ticket": ticket, "table": "public.secrets"}))[0] == 4400
         async with open_socket(bridge.url, None, ticket=ticket) as socket:
             assert (await receive(socket))["type"] == "ready"
 
 
-async def test_replicas_know_each_others_tickets(database: str, namespace: str, redis_url: str) -> None:
-    async with bridges(database, namespace, 2, REDIS_URL=redis_url) as (one, other):
+@pytest.mark.parametrize("way", SHARED_WAYS, indirect=True)
+async def test_replicas_know_each_others_tickets(way: Way) -> None:
+    async with way.replicas(2) as (one, other):
         for_socket, for_stream = await ticket_of(one), await ticket_of(one)
         async with open_socket(other.url, None, ticket=for_socket) as socket:
             assert (await receive(socket))["type"] == "ready"
         assert (await closed_with(one, {"ticket": for_socket}))[0] == 4401
         async with stream_of(other, for_stream) as stream:
             await stream.receive()
-            await write(database, "one", "two")
+            await write(way.database, "one", "two")
             assert await titles(stream, 1) == ["one"]
         other.stop()
         async with stream_of(one, for_stream, stream.last_id) as again:
@@ -232,9 +218,10 @@ async def test_replicas_know_each_others_tickets(database: str, namespace: str, 
 
 
 @pytest.mark.fault
-async def test_without_redis_a_ticket_is_unavailable_and_not_wrong(database: str, namespace: str) -> None:
+@pytest.mark.parametrize("way", SHARED_WAYS, indirect=True)
+async def test_without_redis_a_ticket_is_unavailable_and_not_wrong(way: Way) -> None:
     with running(EmbeddedValkey()) as valkey:
-        async with a_bridge(database, namespace, REDIS_URL=valkey.url) as bridge:
+        async with way.bridge(REDIS_URL=valkey.url) as bridge:
             ticket = await ticket_of(bridge)
             valkey.freeze()
             try:

@@ -6,30 +6,29 @@ import asyncpg
 import orjson
 import pytest
 
-from realtime_bridge.dev.supabase import LocalSupabase
 from tests.bridges import BridgeProcess
 from tests.clients import open_socket, receive, receive_data
-from tests.services import SECRET, token
+from tests.services import token
+from tests.ways import SUPABASE_WAYS, Way
 
 pytestmark = pytest.mark.integration
 
 ADA, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
-SERVICE_KEY = token(None, role="service_role")
 
 
-async def test_rules_alone_decide_who_sees_a_row(database: str, namespace: str) -> None:
+@pytest.mark.parametrize("way", SUPABASE_WAYS, indirect=True)
+async def test_rules_alone_decide_who_sees_a_row(way: Way) -> None:
     rules = orjson.dumps({"public.posts": "user_id = auth.uid() or is_public"}).decode()
-    async with LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key="anon") as supabase:
-        settings = {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": SERVICE_KEY, "BRIDGE_POLICIES": rules}
-        no_database = ""
+    no_database = ""
+    async with way.upstream("public.posts") as settings:
         async with (
-            BridgeProcess(no_database, BRIDGE_NAMESPACE=namespace, **settings) as bridge,
+            BridgeProcess(no_database, BRIDGE_POLICIES=rules, **settings) as bridge,
             open_socket(bridge.url, token(ADA)) as ada,
             open_socket(bridge.url, token(BOB)) as bob,
         ):
             for socket in (ada, bob):
                 assert (await receive(socket))["type"] == "ready"
-            connection = await asyncpg.connect(database)
+            connection = await asyncpg.connect(way.database)
             insert = "insert into posts (user_id, title, is_public) values ($1, $2, $3) returning id"
             private = await connection.fetchval(insert, ADA, "private", False)
             public = await connection.fetchval(insert, ADA, "public", True)

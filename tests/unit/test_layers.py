@@ -1,7 +1,11 @@
 """Imports point one way: a file may import from its own package's layer's elders, never from those who stand on it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[2] / "realtime_bridge"
 
@@ -67,3 +71,16 @@ def test_peers_do_not_know_each_other() -> None:
 
 def test_a_module_of_each_layer_was_seen() -> None:
     assert {layer(a) for a, _ in imports()} == set(range(1, len(LAYERS))) | {0}
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("realtime_bridge.cli", {"fastapi", "asyncpg", "psycopg", "redis", "realtime", "supabase"}),
+        ("realtime_bridge.server", {"psycopg", "redis", "realtime", "supabase"}),
+    ],
+)
+def test_what_takes_long_to_import_waits_until_it_is_needed(module: str, heavy: set[str]) -> None:
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert run.stdout.split() == []

@@ -24,7 +24,13 @@ LARGEST_CHANGE: Final = 1_048_576
 TOO_LARGE: Final = "Error 413: Payload Too Large"
 NO_KEY: Final = "Error 400: Bad Request, no primary key"
 
-_SESSION: Final = {"TimeZone": "UTC", "DateStyle": "ISO", "IntervalStyle": "postgres", "bytea_output": "hex"}
+_SESSION: Final = {
+    "TimeZone": "UTC",
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "bytea_output": "hex",
+    "search_path": "pg_catalog",  # functions of the same name elsewhere are not called
+}
 _GET: Final = """
 select data from pg_logical_slot_get_binary_changes(
   $1, null, null, 'proto_version', '1', 'publication_names', $2)
