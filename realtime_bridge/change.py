@@ -122,6 +122,24 @@ class Change:
     commit_time: int
     place: str = ""
 
+    def images(self) -> tuple[Image | None, Image | None]:
+        """The old and the new image, each completed by what the other one proves.
+
+        A value that the new image lacks is an unchanged one; without an old image the key is unchanged.
+        """
+        before, after = self.old, self.new
+        if self.operation == "INSERT":
+            return None, after
+        if self.operation == "DELETE":
+            return before or (ABSENT,) * len(self.relation.columns), None
+        assert after is not None, "only a DELETE has no new image"
+        if before is None:
+            keys = frozenset(self.relation.key)
+            return tuple(value if i in keys else ABSENT for i, value in enumerate(after)), after
+        if ABSENT in after:
+            after = tuple(old if new is ABSENT else new for old, new in zip(before, after, strict=True))
+        return before, after
+
 
 @dataclass(frozen=True, slots=True)
 class Control:
@@ -129,15 +147,13 @@ class Control:
 
     Attributes:
         kind: `resync`: copies of the table may be out of date (clients are told). `catalog`: the table's policies,
-            grants or columns may have changed: read them again before what follows is decided. `reference`: a row
-            of a table that policies refer to has changed (`key` says which, as the source saw it).
+            grants or columns may have changed: read them again before what follows is decided.
         table: `schema.table`, or `*`.
     """
 
-    kind: Literal["resync", "catalog", "reference"]
+    kind: Literal["resync", "catalog"]
     table: str
     reason: ResyncReason | None = None
-    key: tuple[Value, ...] = ()
     commit_time: int = 0
     place: str = ""
 
@@ -220,7 +236,7 @@ def encode_body(body: Body) -> bytes:
             body.kind,
             body.table,
             body.reason,
-            _pack(body.key),
+            None,
             body.commit_time,
             body.place,
         ]
@@ -252,4 +268,4 @@ def decode_body(data: bytes, relations: dict[str, Relation]) -> Body:
     _, word, subject, a, b, commit_time, place = fields
     if word in ("INSERT", "UPDATE", "DELETE"):
         return Change(word, relations[subject], _unpack(a), _unpack(b), commit_time, place)
-    return Control(word, subject, a, _unpack(b) or (), commit_time, place)
+    return Control(word, subject, a, commit_time, place)

@@ -11,7 +11,7 @@ Layer: adapters (contract). May import: words.
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Final, Literal, NamedTuple, Protocol, Self
 
 from realtime_bridge.change import Body, Entry, Position
 
@@ -51,6 +51,35 @@ class Update:
     number: int
     entries: tuple[Entry, ...] = ()
     proven_until: float = 0.0
+
+
+SIGHT_SECONDS: Final = 150.0
+"""A sight that was told of so lately is taken to be in use still: tell of it again in less than half of that."""
+SIGHTS_OF_A_TABLE: Final = 8
+"""Per user; tokens of one user can differ in what they show."""
+MOST_SIGHTS: Final = 500_000
+"""Users, times tables. What was told of longest ago goes first; who comes back then is told to read again."""
+
+
+class Sight(NamedTuple):
+    """What a user sees of a table, as some process has found it.
+
+    Attributes:
+        user: the same word for the same user and role, whatever the token.
+        digest: of what decides it: equal if the same rows are seen.
+        number: where the process stands.
+        changed: the number since which it is so, if it is news to the broker that it is.
+        least: the number before which it may have been otherwise, whatever the broker knows; 0 for none.
+        before: the digest that held until `changed`, if it was this one's and holds for nobody any more; or empty.
+    """
+
+    user: str
+    table: str
+    digest: str
+    number: int
+    changed: int
+    least: int = 0
+    before: str = ""
 
 
 class Broker(Protocol):
@@ -118,6 +147,15 @@ class Broker(Protocol):
 
         Raises:
             HistoryGoneError: the position is of an unknown epoch, beyond the end, or what follows it is trimmed.
+        """
+        ...
+
+    async def recall(self, sights: Sequence[Sight]) -> list[int]:
+        """Remember what users see, and tell for each sight since which number nothing else has been in use.
+
+        A reader of an older position than the answer may have a copy that shows what it may not see, or lacks what it
+        may. A user of whom nothing is known has no copy: then the answer is `Sight.number`. Kept for as long as the
+        history, counted from when it was last told of.
         """
         ...
 

@@ -11,7 +11,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, NoReturn, Self
 
-from realtime_bridge.broker.base import Head, Update
+from realtime_bridge.broker.base import MOST_SIGHTS, SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Head, Sight, Update
 from realtime_bridge.change import Body, Entry, Position, encode_body
 from realtime_bridge.errors import HistoryGoneError, LeaseLostError
 
@@ -23,6 +23,15 @@ READ_ENTRIES: Final = 500
 class _Held:
     entry: Entry
     time: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A digest in use: since and until which number, and when it was last told of (0: nobody has it any more)."""
+
+    since: int
+    last: int
+    told_at: float
 
 
 class MemoryBroker:
@@ -55,6 +64,7 @@ class MemoryBroker:
         self._time = 0.0
         self._watermark = ""
         self._proven_until = 0.0
+        self._sights: dict[tuple[str, str], dict[str, _Seen]] = {}  # told of longest ago first; so are the digests
         self._token = ""
         self._counter = 0
         self._lease_ends = 0.0
@@ -153,6 +163,31 @@ class MemoryBroker:
         if position.number < self._first - 1:
             raise HistoryGoneError("what follows the position is trimmed")
         return position.number
+
+    async def recall(self, sights: Sequence[Sight]) -> list[int]:
+        """See `Broker.recall`."""
+        now = self._clock()
+        while self._sights:
+            key, seen = next(iter(self._sights.items()))
+            if len(self._sights) <= MOST_SIGHTS and max(s.told_at for s in seen.values()) >= now - self._seconds:
+                break
+            del self._sights[key]
+        return [self._recall(sight, now) for sight in sights]
+
+    def _recall(self, sight: Sight, now: float) -> int:
+        seen = self._sights.pop((sight.user, sight.table), {})
+        self._sights[sight.user, sight.table] = seen
+        own = seen.pop(sight.digest, None)
+        if sight.before and sight.before != sight.digest and (ended := seen.pop(sight.before, None)):
+            seen[sight.before] = _Seen(ended.since, sight.changed - 1, 0)
+        since = own.since if own else sight.changed if seen else sight.number
+        for other in seen.values():
+            since = max(since, (sight.number if now - other.told_at < SIGHT_SECONDS else other.last) + 1)
+        since = max(since, sight.least)
+        seen[sight.digest] = _Seen(since, sight.number, now)
+        if len(seen) > SIGHTS_OF_A_TABLE:
+            del seen[next(iter(seen))]
+        return since
 
     async def read(self, after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
         """See `Broker.read`."""

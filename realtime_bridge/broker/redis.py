@@ -16,7 +16,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NoReturn, Self
 
-from realtime_bridge.broker.base import Head, Update
+from realtime_bridge.broker.base import MOST_SIGHTS, SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Head, Sight, Update
 from realtime_bridge.broker.redis_follower import Follower
 from realtime_bridge.broker.redis_history import RedisHistory, parse_head
 from realtime_bridge.broker.redis_link import Link
@@ -76,6 +76,7 @@ class RedisBroker:
         self._link = Link(parse_redis_url(url), namespace)
         self._history = RedisHistory(self._link)
         self._limits = (history_size, history_bytes, int(history_seconds * 1000), NOTIFY_BYTES)
+        self._sight_limits = (int(history_seconds), MOST_SIGHTS, int(SIGHT_SECONDS), SIGHTS_OF_A_TABLE)
         self._sent_in = ""
         self._sent: set[str] = set()
         self._given_up: deque[str] = deque(maxlen=_GIVEN_UP_KEPT)
@@ -236,6 +237,14 @@ class RedisBroker:
         if number < head.first - 1:
             raise HistoryGoneError("what follows the position is trimmed")
         return number
+
+    async def recall(self, sights: Sequence[Sight]) -> list[int]:
+        """See `Broker.recall`."""
+        words = (
+            word for s in sights for word in (f"{s.user} {s.table}", s.digest, s.number, s.changed, s.least, s.before)
+        )
+        answer: list[int] = await self._link.script("recall", *self._sight_limits, *words)
+        return answer
 
     async def read(self, after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
         """See `Broker.read`."""

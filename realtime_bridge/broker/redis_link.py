@@ -44,6 +44,8 @@ _KEYS: Final = (
     "released",
     "tickets",
     "tickets-touched",
+    "sights",
+    "sights-told",
 )
 """What a namespace holds, in the order in which lua/common.lua names it."""
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from realtime_bridge.broker.base import Broker, Head, Update
+from realtime_bridge.broker.base import SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Broker, Head, Sight, Update
+from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Position, Relation, encode_body
 from realtime_bridge.errors import HistoryGoneError, LeaseLostError
 from tests.contract.brokers import (
@@ -71,7 +72,7 @@ async def test_bodies_come_back_as_they_were(brokers: OpenBrokers) -> None:
         Change("UPDATE", wide, ("1", ABSENT, "\\x00"), ("1", None, "\\x\n"), 1_700_000_000_123_456, "0/16B3748"),
         Change("DELETE", POSTS, ("1", ABSENT), None, 7),
         Control("resync", "public.posts", "truncated", commit_time=8),
-        Control("reference", "public.members", key=("1", None)),
+        Control("catalog", "public.members"),
     ]
     async with brokers(2) as [writer, reader]:
         token = await writer.acquire_lease(ttl=5)
@@ -411,3 +412,91 @@ async def test_memory_trims_by_its_clock() -> None:
         await broker.append(token, changes(2))
         now += 6
         assert (await broker.append(token, [])).first == 2
+
+
+# -- sights ------------------------------------------------------------------------------------------------------------
+
+
+def sight(digest: str, number: int = 1, *, changed: int = 0, user: str = "ann", table: str = "t", **more: Any) -> Sight:
+    return Sight(user, table, digest, number, changed or number + 1, **more)
+
+
+async def test_what_a_user_sees_holds_since_it_was_first_told_of(brokers: OpenBrokers) -> None:
+    async with brokers(2) as (one, other):
+        assert await one.recall([sight("a", 5)]) == [5]
+        assert await other.recall([sight("a", 50)]) == [5]
+
+
+async def test_what_is_news_holds_since_it_has_changed(brokers: OpenBrokers) -> None:
+    async with brokers(2) as (one, other):
+        await one.recall([sight("a", 5)])
+        assert await other.recall([sight("b", 8, changed=7, before="a")]) == [7]
+        assert await one.recall([sight("b", 20)]) == [7]
+        assert await one.recall([sight("c", 20)]) == [21]
+
+
+async def test_two_sights_in_use_make_each_other_new_all_the_time(brokers: OpenBrokers) -> None:
+    async with brokers(2) as (one, other):
+        await one.recall([sight("a", 5)])
+        assert await other.recall([sight("b", 8)]) == [9]
+        assert await one.recall([sight("a", 30)]) == [31]
+        assert await one.recall([sight("b", 40)]) == [41]
+
+
+async def test_what_comes_back_holds_since_the_other_ended(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await broker.recall([sight("a", 5)])
+        await broker.recall([sight("b", 8, changed=7, before="a")])
+        assert await broker.recall([sight("a", 20, changed=19, before="b")]) == [19]
+
+
+async def test_what_may_have_been_otherwise_holds_at_least_since_then(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await broker.recall([sight("a", 5)])
+        assert await broker.recall([sight("a", 9, least=9)]) == [9]
+        assert await broker.recall([sight("a", 9, least=7)]) == [9]
+
+
+async def test_sights_of_users_and_tables_are_told_apart(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await broker.recall([sight("a", 3), sight("a", 4, user="bob"), sight("a", 5, table="u")])
+        asked = [sight("b", 8, changed=8, before="a"), sight("a", 9, user="bob"), sight("a", 9, table="u")]
+        assert await broker.recall(asked) == [8, 4, 5]
+
+
+async def test_a_user_has_a_bounded_number_of_sights(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        for i in range(SIGHTS_OF_A_TABLE + 2):
+            await broker.recall([sight(str(i), changed=i + 1, before=str(i - 1))])
+        assert await broker.recall([sight("0", 50, changed=60)]) == [60]  # forgotten, and so it is news
+
+
+async def test_no_sights_are_asked_about_at_no_cost(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        assert await broker.recall([]) == []
+
+
+class Clocked:
+    """A memory broker whose time is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.broker = MemoryBroker(history_size=10, history_bytes=1000, history_seconds=3600, clock=lambda: self.now)
+
+
+async def test_a_sight_that_nobody_tells_of_any_more_ended_where_it_was_last_told_of() -> None:
+    world = Clocked()
+    await world.broker.recall([sight("a", 5)])
+    await world.broker.recall([sight("b", 8)])
+    await world.broker.recall([sight("a", 30)])
+    world.now += SIGHT_SECONDS
+    assert await world.broker.recall([sight("b", 40)]) == [31]
+
+
+async def test_a_user_that_nobody_has_told_of_for_as_long_as_the_history_lasts_is_forgotten() -> None:
+    world = Clocked()
+    await world.broker.recall([sight("a", 3), sight("a", 3, user="bob")])
+    world.now += 3000
+    await world.broker.recall([sight("a", 4, user="bob")])
+    world.now += 601
+    assert await world.broker.recall([sight("a", 8), sight("a", 8, user="bob")]) == [8, 3]

@@ -40,7 +40,7 @@ def test_a_change_comes_back_as_it_was(operation: str, old: Image | None, new: I
 
 
 def test_a_control_comes_back_as_it_was() -> None:
-    control = Control("reference", "public.members", None, ("a", None, ABSENT), 5, "x")
+    control = Control("catalog", "public.members", None, 5, "x")
     data = encode_body(control)
     assert relation_version(data) is None
     assert decode_body(data, {}) == control
