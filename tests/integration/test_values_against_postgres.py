@@ -1,4 +1,6 @@
-"""Values are encoded as `to_jsonb(text::type)` does it, which is what Supabase Realtime sends."""
+"""Values are encoded as `to_jsonb(text::type)` does it, which is what Supabase Realtime sends; texts are equal and in
+order where Postgres says that the values are.
+"""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from realtime_bridge.canonical import array_elements, canonical, family
+from realtime_bridge.database import PINNED
 from realtime_bridge.dev.engines import EmbeddedPostgres
-from realtime_bridge.sources.replication import PINNED
+from realtime_bridge.policy.ordering import is_ordered, order_key
 from realtime_bridge.values import encode_value
 
 pytestmark = pytest.mark.integration
@@ -111,3 +115,61 @@ def test_binary_is_hexadecimal_without_a_prefix_and_within_arrays_with_it(connec
     assert row is not None
     assert encode_value("bytea", row[0]) == b'"0102ff"'
     compare(connection, "_bytea", "%s::text[]::bytea[]", ["\\x0102ff", None])
+
+
+COMPARED = {
+    "uuid": TYPES["uuid"],
+    "bool": st.sampled_from(["t", "f", " YES ", "off", "1"]),
+    "int8": TYPES["int8"],
+    "numeric": TYPES["numeric"] | st.decimals(-2, 2, places=2).map(lambda d: f"{d:f}0"),
+    "bytea": st.binary(max_size=3).map(lambda data: "\\x" + data.hex()),
+    "date": TYPES["date"],
+    "timestamp": TYPES["timestamp"],
+    "timestamptz": TYPES["timestamptz"],
+    "time": TIMES | st.just("24:00:00"),
+    "text": TEXT,
+}
+"""Types that policies compare → texts that Postgres reads as them."""
+
+
+@pytest.mark.parametrize("type_name", COMPARED)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_canonical_texts_are_equal_where_values_are_and_in_their_order(
+    connection: psycopg.Connection, type_name: str, data: st.DataObject
+) -> None:
+    one, other = data.draw(COMPARED[type_name]), data.draw(COMPARED[type_name])
+    values = f"select %s::{type_name} as a, %s::{type_name} as b"
+    query = f"select format('%%s', a), format('%%s', b), a = b, a < b from ({values}) as q"
+    row = connection.execute(query.encode(), [one, other]).fetchone()
+    assert row is not None
+    left, right, are_equal, is_less = row
+    assert (canonical(type_name, left) == canonical(type_name, right)) is are_equal
+    kind = family(type_name)
+    assert kind is not None
+    if is_ordered(kind):
+        assert (order_key(kind, left) < order_key(kind, right)) is is_less
+
+
+@pytest.mark.parametrize("type_name", ["uuid", "bool", "int8", "numeric", "bytea"])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_is_read_is_what_postgres_reads(
+    connection: psycopg.Connection, type_name: str, data: st.DataObject
+) -> None:
+    text = data.draw(COMPARED[type_name].map(lambda text: text.upper().replace("\\X", "\\x")))
+    row = connection.execute(f"select format('%%s', %s::{type_name})".encode(), [text]).fetchone()
+    assert row is not None
+    assert canonical(type_name, text) == canonical(type_name, row[0])
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.none() | TEXT | st.sampled_from(["NULL", "null", "", "{", "\\", '"', ",", "\u00a0", " a"]), max_size=5)
+)
+def test_an_array_has_the_elements_that_postgres_finds(
+    connection: psycopg.Connection, values: list[str | None]
+) -> None:
+    row = connection.execute("select format('%%s', %s::text[])", [values]).fetchone()
+    assert row is not None
+    assert array_elements(row[0]) == values

@@ -10,20 +10,20 @@ from realtime_bridge.change import ABSENT, Image, Value
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.expression import (
     And,
+    Claim,
     Column,
     Constant,
     Equal,
     Expression,
-    Fact,
     Is,
     IsNull,
     Not,
     Operand,
     Or,
     UnsupportedExpression,
-    parse_expression,
 )
-from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Predicate, all_of, any_of
+from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Key, Predicate, RowTerm, UserTerm, all_of, any_of
+from realtime_bridge.policy.reading import parse_expression
 
 Row: TypeAlias = dict[str, Value]
 
@@ -42,6 +42,13 @@ COLUMNS = {
     "code": ColumnType("bpchar"),
     "folded": ColumnType("text", exact=False),
     "list": ColumnType("_text"),
+    "day": ColumnType("date"),
+    "whole": ColumnType("whole", "public"),
+    "codes": ColumnType("_bpchar"),
+    "prices": ColumnType("_numeric"),
+    "folds": ColumnType("_text", exact=False),
+    "moods": ColumnType("_mood", "public"),
+    "data": ColumnType("jsonb"),
 }
 INDEX = {name: i for i, name in enumerate(COLUMNS)}
 USER = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
@@ -61,7 +68,7 @@ def seen(sql: str, facts: dict[str, Value] | None = None, **row: Value) -> bool 
 
 # -- three-valued logic ------------------------------------------------------------------------------------------------
 
-ROLE, LEVEL = Fact(("role",)), Fact(("jwt", "level"), ("int4",))
+ROLE, LEVEL = Claim(("role",)), Claim(("jwt", "level"), ("int4",))
 
 constants = st.sampled_from([None, "1", "2"]).map(lambda text: Constant(text, None, ("int4",)))
 numbers: st.SearchStrategy[Operand] = st.one_of(st.sampled_from([Column("n"), Column("m"), LEVEL]), constants)
@@ -94,14 +101,16 @@ rows = st.fixed_dictionaries(
 levels = st.sampled_from([None, "1", "2"])
 
 
-def text_of(operand: Operand, row: Row, facts: Row) -> Value:
+def text_of(operand: Expression, row: Row, facts: Row) -> Value:
     match operand:
         case Column(name):
             return row[name]
-        case Fact():
+        case Claim():
             return facts[operand.sql]
         case Constant(text):
             return text
+        case _:
+            raise AssertionError(operand)
 
 
 def kleene(expression: Expression, row: Row, facts: Row) -> bool | None:
@@ -187,6 +196,27 @@ def test_an_absent_value_is_unknown_and_not_null() -> None:
     assert seen("n = m", n=ABSENT, m=None) is False
 
 
+def test_a_text_that_postgres_would_not_write_is_unknown() -> None:
+    midnight = "'2026-01-01 00:00:00+00'"
+    assert seen(f"at = {midnight}", at="2026-01-01 02:00:00+02") is None
+    assert seen(f"not (at = {midnight})", at="2026-01-01 02:00:00+02") is None
+    assert seen(f"at < {midnight}", at="2026-01-01 02:00:00+02") is None
+    assert seen("price < 1", price="0,5") is None
+    assert seen("price < 1", price=ABSENT) is None
+    assert seen("price < 1", price=None) is False
+    assert seen("price < null", price="0,5") is False
+    assert seen("'a' = any (list)", list="a") is None
+    assert seen("at is null", at="2026-01-01 02:00:00+02") is False
+
+
+def test_a_claim_as_a_number_is_compared_as_one() -> None:
+    fact = "(auth.jwt() ->> 'n')::numeric"
+    assert seen(f"{fact} = price", {fact: "1.5"}, price="1.50") is True
+    assert seen(f"{fact} < price", {fact: "9"}, price="10.0") is True
+    assert seen(f"{fact} < n", {fact: "9"}, n="10") is True
+    assert seen(f"{fact} < price", {fact: ABSENT}, price="10") is None
+
+
 def test_a_fact_that_is_not_known_is_unknown() -> None:
     assert seen("owner = auth.uid()", {}, owner=USER) is None
     assert seen("owner <> auth.uid()", {"auth.uid()": ABSENT}, owner=USER) is None
@@ -223,6 +253,34 @@ def test_a_fact_that_is_not_known_is_unknown() -> None:
         ("true::text = name", {"name": "true"}, True),
         ("name in ('a', null)", {"name": "a"}, True),
         ("name not in ('a', null)", {"name": "b"}, False),
+        ("price = 1", {"price": "1.00"}, True),
+        ("price = '1e0'", {"price": "1"}, True),
+        ("price = 'nan'", {"price": "NaN"}, True),
+        ("price < 'nan'", {"price": "Infinity"}, True),
+        ("price > 1.5", {"price": "1.50"}, False),
+        ("price >= 1.5", {"price": "1.50"}, True),
+        ("n = price", {"n": "1", "price": "1.0"}, True),
+        ("n::numeric = 1.0", {"n": "1"}, True),
+        ("n < 1.5", {"n": "1"}, True),
+        ("m > n", {"n": "9", "m": "10"}, True),
+        ("2 > 1", {}, True),
+        ("at is null", {"at": None}, True),
+        ("data is not null", {"data": "{}"}, True),
+        ("at = '2026-01-01 00:00:00+00'", {"at": "2026-01-01 00:00:00+00"}, True),
+        ("at < '2026-01-01 00:00:00+00'::timestamp with time zone", {"at": "0044-03-15 00:00:00+00 BC"}, True),
+        ("at > '2026-01-01 00:00:00+00'", {"at": "infinity"}, True),
+        ("at > '2026-01-01 00:00:00+00'", {"at": "2026-01-01 00:00:00.000001+00"}, True),
+        ("day between '2026-01-01' and '2026-12-31'", {"day": "2026-12-31"}, True),
+        ("'a' = any (list)", {"list": '{b,"a"}'}, True),
+        ("'a' = any (list)", {"list": "{b,NULL}"}, False),
+        ("'a' <> all (list)", {"list": "{b,NULL}"}, False),
+        ("'a' <> all (list)", {"list": "{b}"}, True),
+        ("name = any (list)", {"name": "NULL", "list": "{NULL}"}, False),
+        ("name = any (list)", {"name": "NULL", "list": '{"NULL"}'}, True),
+        ("a is distinct from b", {"a": None, "b": "f"}, True),
+        ("a is not distinct from b", {"a": None, "b": None}, True),
+        ("coalesce(a, true)", {"a": None}, True),
+        ("coalesce(n = 1, false)", {"n": None}, False),
         ("name = any (array[]::text[])", {"name": None}, False),
         ("name <> all (array[]::text[])", {"name": None}, True),
     ],
@@ -235,8 +293,22 @@ def test_values_compare_as_their_types_do(sql: str, row: Row, expected: bool) ->
     ("sql", "part"),
     [
         ("missing", "column missing, which no change brings"),
-        ("price = 1", "column price of type numeric"),
-        ("at is null or price is null", "column at of type timestamptz"),
+        ("price = name", "numeric = text"),
+        ("price::text = name", "(price)::text"),
+        ("price = 'x'", "'x'::numeric (not a number)"),
+        ("at = 'tomorrow'", "'tomorrow'::timestamptz (not written as Postgres writes it in UTC)"),
+        ("at::date = '2026-01-01'", "(at)::date"),
+        ("name < 'a'", "the order of text"),
+        ("at < day", "timestamptz < date"),
+        ("whole is null", "column whole of type public.whole"),
+        ("code = any (codes)", "column codes of type _bpchar"),
+        ("'a' = any (codes)", "column codes of type _bpchar"),
+        ("1.5 = any (prices)", "numeric = ANY _numeric"),
+        ("null = any (list)", "NULL = ANY"),
+        ("1 = any (list)", "int4 = ANY text"),
+        ("'a' = any (folds)", "column folds of type _text"),
+        ("'a' = any (name)", "column name of type text"),
+        ("'sad' = any (moods)", "column moods of type public._mood"),
         ("code = 'a'", "column code of type bpchar"),
         ("folded = 'a'", "column folded of type text"),
         ("list = name", "column list of type _text"),
@@ -253,7 +325,7 @@ def test_values_compare_as_their_types_do(sql: str, row: Row, expected: bool) ->
         ("m::int4 = n", "(m)::int4"),
         ("name::uuid = owner", "(name)::uuid"),
         ("auth.uid()::int4 = n", "(auth.uid())::int4"),
-        ("(auth.jwt() ->> 'x')::numeric = n", "(auth.jwt() ->> 'x')::numeric"),
+        ("(auth.jwt() ->> 'x')::date = day", "(auth.jwt() ->> 'x')::date"),
         ("(auth.jwt() ->> 'x')::public.mood = mood", "(auth.jwt() ->> 'x')::public.mood"),
         ("'x'::citext = name", "type citext"),
         ("'x'::text::public.mood = mood", "'x'::public.mood (not a label)"),
@@ -291,7 +363,8 @@ def test_a_list_of_constants_is_one_literal() -> None:
 
 def test_an_equality_of_column_and_fact_can_be_looked_up() -> None:
     (conjunct,) = compiled("auth.uid() = owner and auth.role() = 'x' and a").conjuncts
-    assert {literal.key for literal in conjunct} == {("owner", "auth.uid()"), None}
+    key = Key(RowTerm("owner"), UserTerm("auth.uid()"), of_elements=False)
+    assert {literal.key for literal in conjunct} == {key, None}
     assert sorted((literal.of_row, literal.of_user) for literal in conjunct) == [
         (False, False),
         (False, True),
@@ -310,4 +383,4 @@ def test_too_many_alternatives_are_refused() -> None:
 def test_a_predicate_knows_its_columns_and_facts() -> None:
     predicate = compiled("auth.uid() = owner or (a and auth.role() = 'x')")
     assert predicate.columns == {"owner", "a"}
-    assert predicate.facts == {Fact(("uid",)), ROLE}
+    assert predicate.facts == {Claim(("uid",)), ROLE}
