@@ -11,7 +11,7 @@ import asyncio
 import logging
 import resource
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from realtime_bridge.hub.hub import Hub
 from realtime_bridge.ingest import Ingest
 from realtime_bridge.jwks import GetUser, JwksKeySet
 from realtime_bridge.metrics import Metrics, Reading
+from realtime_bridge.policy.asking import Asking
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.routes import make_router
@@ -130,8 +131,8 @@ class Bridge:
                 else None
             )
             policy = make_policy(settings, database)
-            await policy.load()
-            source = make_source(settings, database)
+            await policy.prepare()
+            source = make_source(settings, database, lambda: policy.references)
             broker: RedisBroker | MemoryBroker = await stack.enter_async_context(make_broker(settings))
             for part in (self._keys, self._get_user):
                 if part is not None:
@@ -141,8 +142,6 @@ class Bridge:
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             tasks.forever("ingest", running.ingest.run)
-            if database is not None:
-                tasks.forever("policies", policy.watch)
             if self._keys is not None:
                 tasks.forever("keys", self._keys.run)
             await _begin(running.hub)
@@ -232,6 +231,13 @@ class Bridge:
         yield "counter", "fell_behind", "Subscriptions whose sink was full.", counters.fell_behind
         yield "counter", "undecided", "Changes not delivered since they could not be decided.", counters.undecided
         yield "counter", "policy_undecided", "Decisions that the policy could not make.", policy.undecided
+        yield "counter", "policy_asked", "Questions about rows put to Postgres.", policy.knowledge.asked
+        yield (
+            "counter",
+            "policy_failed",
+            "Facts and conditions that Postgres failed to evaluate.",
+            policy.knowledge.failed,
+        )
         yield "counter", "slices_from_broker", "Slices read from the broker.", counters.caught_up_from_broker
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
@@ -334,8 +340,15 @@ def make_verifier(settings: Settings, keys: JwksKeySet | None = None, get_user: 
 
 def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
     """Who decides what is seen with these settings."""
-    catalog = None if database is None else Catalog(database.transaction)
-    return PolicyEngine(settings.tables, settings.roles, settings.policies, catalog)
+    return PolicyEngine(
+        settings.tables,
+        settings.roles,
+        settings.policies,
+        None if database is None else Catalog(database.transaction),
+        None if database is None else Asking(database.transaction, settings.roles),
+        publication=settings.publication if settings.source_kind == "postgres" else None,
+        fact_seconds=settings.fact_seconds,
+    )
 
 
 def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
@@ -359,8 +372,10 @@ def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:
     return MemoryTicketStore() if isinstance(broker, MemoryBroker) else RedisTicketStore(broker.link)
 
 
-def make_source(settings: Settings, database: Database | None) -> Source:
-    """Where changes come from with these settings."""
+def make_source(
+    settings: Settings, database: Database | None, references: Callable[[], Collection[str]] = frozenset
+) -> Source:
+    """Where changes come from with these settings; `references` are tables that are wanted besides."""
     if settings.source_kind == "postgres":
         from realtime_bridge.sources.postgres import PostgresSource
 
@@ -370,6 +385,7 @@ def make_source(settings: Settings, database: Database | None) -> Source:
             publication=settings.publication,
             tables=settings.tables,
             transaction_rows=settings.transaction_rows,
+            references=references,
         )
     from realtime_bridge.sources.supabase import SupabaseSource
 

@@ -79,7 +79,9 @@ def make_router(bridge: "Bridge") -> APIRouter:
     if bridge.settings.database_url is not None:
         caller = require_claims(bridge.verifier)
         router.include_router(
-            posts_router(lambda: bridge.database, caller, lambda: bridge.running.hub.position, route_class)
+            posts_router(
+                lambda: bridge.database, caller, lambda claims: bridge.running.hub.position_for(claims), route_class
+            )
         )
         preflights += ["/posts", "/posts/{id}"]
     for path in preflights:

@@ -104,10 +104,10 @@ async def preflight(settings: Settings) -> None:
     """
     if settings.database_url is not None:
         async with Database(settings.database_url.get_secret_value()) as database:
-            await make_policy(settings, database).load()
+            await make_policy(settings, database).prepare()
             await _check_source(settings, database)
     else:
-        await make_policy(settings, None).load()
+        await make_policy(settings, None).prepare()
         await _check_source(settings, None)
 
 

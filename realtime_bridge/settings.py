@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, Self
 
 import orjson
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from realtime_bridge.errors import ConfigurationError
@@ -93,7 +102,9 @@ class Settings(BaseSettings):
     drain_seconds: PositiveFloat = Field(10, description="Time to let clients go when stopping.")
     takeover_seconds: PositiveFloat = Field(5, description="A dead leader is replaced within this time.")
     resync_seconds: PositiveFloat = Field(10, description="At most one `resync` per user and table in this time.")
-    fact_seconds: PositiveFloat = Field(5, description="Time to live of facts that cannot be followed.")
+    fact_seconds: NonNegativeFloat = Field(
+        5, description="Time to live of facts that cannot be followed; 0: asked each time."
+    )
     row_index_bytes: PositiveInt = Field(256 * 2**20, description="Memory for the row index.")
     repair_column: str = Field("updated_at", description="Column by which rows are read back after a gap.")
     canary_table: str | None = Field(None, description="Table whose changes prove the way alive.")

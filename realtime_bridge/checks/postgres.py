@@ -145,7 +145,7 @@ async def _of_policies(settings: Settings, facts: Facts, database: Database) -> 
         findings += find(ACCESS_CHECKS, facts, about, who, about.access[who.name], of=_pair(about, who))
     try:
         engine = make_policy(settings, database)
-        await engine.load()
+        await engine.prepare()
     except BridgeError as error:
         findings.append(Finding("policies", "problem", f"{str(error).rstrip('.')}."))
         return findings + [skipped for pair in pairs for skipped in skip([decision], _NO_ENGINE, of=_pair(*pair))]
@@ -162,7 +162,7 @@ async def _of_policies(settings: Settings, facts: Facts, database: Database) -> 
 async def _rules(settings: Settings) -> Outcome:
     """Whether BRIDGE_POLICIES can be used where there is no database to look at."""
     try:
-        await make_policy(settings, None).load()
+        await make_policy(settings, None).prepare()
     except ConfigurationError as error:
         return problem(f"{str(error).rstrip('.')}.")
     return ok("BRIDGE_POLICIES is understood.")

@@ -56,6 +56,12 @@ class Directory:
         for member in present.keys() & members:
             yield from tuple(present.get(member, {}).items())
 
+    def of(self, members: Set[Member]) -> Iterator[Subscription]:
+        """Every subscription of these members, once for each of its tables."""
+        for table in tuple(self._tables):
+            for _, subscriptions in self.readers(members, table):
+                yield from subscriptions
+
     def all(self, table: str) -> Iterator[Subscription]:
         """Every subscription that reads a table (`*`: any), once for each such table."""
         for name in tuple(self._tables) if table == "*" else (table,):

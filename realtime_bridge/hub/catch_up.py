@@ -10,13 +10,14 @@ Layer: core. May import: words, broker.base, policy.base, wire, hub.*.
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.change import Change, ResyncReason
 from realtime_bridge.errors import BrokerError, HistoryGoneError
 from realtime_bridge.hub.fan_out import touches
+from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown
 from realtime_bridge.hub.window import Prepared, wrap
@@ -30,6 +31,7 @@ SLICE: Final = 128
 READERS: Final = 4
 """Slices read at the same time, by hand or not: what old positions may cost the broker, and one turn of the loop."""
 _RETRY_SECONDS: Final = 0.5
+_SETTLE_SECONDS: Final = 3.0
 _SPREAD_MS_PER_CONNECTION: Final = 2
 _SPREAD_MS_MOST: Final = 10_000
 
@@ -42,9 +44,12 @@ class CatchUp:
         resync_seconds: at most one resync per subscription and table in this time.
     """
 
-    def __init__(self, standing: Standing, broker: Broker, *, slice_bytes: int, resync_seconds: float) -> None:
+    def __init__(
+        self, standing: Standing, broker: Broker, settler: Settler, *, slice_bytes: int, resync_seconds: float
+    ) -> None:
         self._standing = standing
         self._broker = broker
+        self._settler = settler
         self._slice_bytes = slice_bytes
         self._resync_seconds = resync_seconds
         self._loop = asyncio.get_running_loop()
@@ -86,6 +91,8 @@ class CatchUp:
         is more to do at once. Raises nothing: a broker that does not answer is asked again later, and a fault of ours
         costs this reader a resync.
         """
+        if not self._settler.is_settled(subscription.connection.member) and not await self._settle(subscription):
+            return 0
         try:
             async with self._reading:
                 await asyncio.sleep(0)  # what comes from the window waits for nothing, and others want their turn, too
@@ -97,6 +104,21 @@ class CatchUp:
             self._excuse(subscription)
         return 0
 
+    async def _settle(self, subscription: Subscription) -> bool:
+        """Whether the reader's member is settled now; if not, the reader is held until it is.
+
+        One that is advanced by hand waits for a while; all others are waiting already, and nobody waits for them.
+        """
+        settled = self._settler.settle(subscription.connection.member)
+        if subscription.by_hand is not None:
+            await asyncio.wait((settled,), timeout=_SETTLE_SECONDS)
+        if settled.done():
+            return True
+        if subscription.state is State.BEHIND:
+            subscription.state = State.HELD
+            settled.add_done_callback(lambda _: self._release(subscription))
+        return False
+
     async def _advance(self, subscription: Subscription, most: int) -> int:
         standing, connection = self._standing, subscription.connection
         generation, reloads, member = standing.generation, standing.reloads, connection.member
@@ -104,7 +126,7 @@ class CatchUp:
         verdicts = await standing.policy.verdicts([item.entry for item in items], member)
         async with standing.turn:
             stale = (generation, reloads) != (standing.generation, standing.reloads) or member is not connection.member
-            if stale or subscription.state is not State.BEHIND:
+            if stale or not self._settler.is_settled(member) or subscription.state is not State.BEHIND:
                 return 0
             if connection.sink.full:  # by another subscription of the connection
                 subscription.state = State.BLOCKED
@@ -137,18 +159,16 @@ class CatchUp:
         self, subscription: Subscription, items: Sequence[Prepared], verdicts: Sequence[Verdict], most: int
     ) -> int:
         out: list[bytes] = []
+        if subscription.fresh:
+            subscription.fresh = False
+            subscription.see()
         if subscription.owed is not None:
-            self._settle(subscription, out)
-        size, counted = 0, len(out)
-        for item, verdict in zip(items, verdicts, strict=True):
-            if touches(item.entry, subscription.tables) and not self._show(subscription, item, verdict, out):
-                break  # held
-            subscription.number = item.entry.number
-            if len(out) > counted:
-                counted = len(out)
-                size += len(out[-1])
-            if counted >= most or size > self._slice_bytes:
-                break
+            self._pay(subscription, out)
+        self._examine(subscription, zip(items, verdicts, strict=True), most, out)
+        end = self._standing.number
+        is_through = subscription.number == end and subscription.owed is None
+        if is_through and self._tell_of_changes(subscription, end + 1, out):
+            subscription.see()
         if out:
             connection = subscription.connection
             connection.sink.write(out)
@@ -156,6 +176,35 @@ class CatchUp:
             self._standing.counters.delivered += len(out)
         self._place(subscription)
         return len(out)
+
+    def _examine(
+        self, subscription: Subscription, decided: Iterable[tuple[Prepared, Verdict]], most: int, out: list[bytes]
+    ) -> None:
+        """Pass entries, appending what is shown of them, until there is enough or the reader must be held."""
+        size, counted = 0, len(out)
+        for item, verdict in decided:
+            if not self._tell_of_changes(subscription, item.entry.number, out):
+                return
+            if touches(item.entry, subscription.tables) and not self._show(subscription, item, verdict, out):
+                return
+            subscription.number = item.entry.number
+            if len(out) > counted:
+                counted = len(out)
+                size += len(out[-1])
+            if counted >= most or size > self._slice_bytes:
+                return
+
+    def _tell_of_changes(self, subscription: Subscription, until: int, out: list[bytes]) -> bool:
+        """Append a resync for each table where the member sees otherwise since an entry up to `until`.
+
+        Returns False if the reader must be held where it is.
+        """
+        for table in subscription.tables:
+            if subscription.outdated(table, until):
+                if not self._resync(subscription, table, "visibility_changed", subscription.number, out):
+                    return False
+                subscription.seen[table] = subscription.connection.member.sights[table]
+        return True
 
     def _show(self, subscription: Subscription, item: Prepared, verdict: Verdict, out: list[bytes]) -> bool:
         """Append what the reader is shown of one entry; False if it must be held before it."""
@@ -173,16 +222,18 @@ class CatchUp:
             return self._resync(subscription, table, "visibility_changed", item.entry.number, out)
         if form is not None:
             encoding = subscription.connection.sink.encoding
-            out.append(item.message(self._standing.epoch, form, encoding, subscription.columns, subscription.ids))
+            columns = subscription.shown(table)
+            out.append(item.message(self._standing.epoch, form, encoding, columns, subscription.ids))
         return True
 
-    def _settle(self, subscription: Subscription, out: list[bytes]) -> None:
+    def _pay(self, subscription: Subscription, out: list[bytes]) -> None:
         """Send the resync that stands for everything up to the hub's number."""
         assert subscription.owed is not None, "only called when one is owed"
         table = next(iter(subscription.tables)) if len(subscription.tables) == 1 else "*"
         if self._resync(subscription, table, subscription.owed, self._standing.number, out):
             subscription.owed = None
             subscription.number = self._standing.number
+            subscription.see()
 
     def _resync(
         self, subscription: Subscription, table: str, reason: ResyncReason, number: int, out: list[bytes]

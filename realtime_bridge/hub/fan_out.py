@@ -8,6 +8,7 @@ Layer: core. May import: words, policy.base, wire, hub.*.
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import NamedTuple
 
 from realtime_bridge.change import Change, Control, Entry
 from realtime_bridge.hub.breath import Breath
@@ -39,9 +40,8 @@ class FanOut:
         async with standing.turn:
             breath = Breath()
             for run in _runs(prepared):
-                if isinstance(run, Control):
-                    await standing.policy.reload(run.table)
-                    standing.reloads += 1
+                if isinstance(run, _Reload):
+                    await self.reload(*run)
                     continue
                 audiences = await standing.policy.audience([item.entry for item in run])
                 pending: Pending = {}
@@ -51,9 +51,30 @@ class FanOut:
             standing.number = prepared[-1].entry.number
             standing.counters.entries += len(prepared)
 
+    async def reload(self, table: str, number: int) -> None:
+        """Read policies again (`*`: all), as of an entry. Who stands at the end before it stays there. In `turn` only.
+
+        Every connection is joined anew: policies may tell apart now what they could not before.
+        """
+        standing, breath = self._standing, Breath()
+        changed = await standing.policy.reload(table)
+        standing.reloads += 1
+        if not changed:
+            return
+        for connection in tuple(standing.connections):
+            for subscription in connection.subscriptions.values():
+                self._fall_behind(subscription, number - 1)
+            before, connection.member = connection.member, standing.policy.join(connection.claims)
+            standing.policy.leave(before)
+            connection.member.doubts.update(dict.fromkeys(changed, number))
+            await breath.take()
+
     async def _collect(self, item: Prepared, audience: Audience, pending: Pending, breath: Breath) -> None:
         await breath.take()
         body = item.entry.body
+        for subscription in self._standing.directory.of(audience.doubtful) if audience.doubtful else ():
+            self._fall_behind(subscription, item.entry.number - 1)
+            await breath.take()
         if isinstance(body, Control):
             if body.kind == "resync":
                 for subscription in self._standing.directory.all(body.table):
@@ -64,7 +85,8 @@ class FanOut:
             plain = form_of(body, old, new)
             for connection, subscriptions in self._standing.directory.readers(members, body.relation.name):
                 if len(subscriptions) == 1 and isinstance(plain, Form) and _simple(subscriptions[0]):
-                    message = item.message(self._standing.epoch, plain, connection.sink.encoding)
+                    columns = connection.member.columns.get(body.relation.name)
+                    message = item.message(self._standing.epoch, plain, connection.sink.encoding, columns)
                     pending.setdefault(connection, []).append(message)
                 else:
                     self._each(item, body, subscriptions, (old, new), pending)
@@ -79,6 +101,7 @@ class FanOut:
         pending: Pending,
     ) -> None:
         """Several subscriptions of one connection: one message for those that are shown the same."""
+        table = change.relation.name
         same: dict[tuple[Form, tuple[str, ...] | None], list[Subscription]] = {}
         for subscription in subscriptions:
             if subscription.state is not State.AT_END:
@@ -90,9 +113,9 @@ class FanOut:
                 self._standing.counters.undecided += form is UNKNOWN
                 self._fall_behind(subscription, item.entry.number - 1)
             elif subscription.id is None:
-                same.setdefault((form, subscription.columns), []).insert(0, subscription)
+                same.setdefault((form, subscription.shown(table)), []).insert(0, subscription)
             else:
-                same.setdefault((form, subscription.columns), []).append(subscription)
+                same.setdefault((form, subscription.shown(table)), []).append(subscription)
         for (form, columns), alike in same.items():
             connection = alike[0].connection
             messages = pending.setdefault(connection, [])
@@ -135,15 +158,22 @@ def _simple(subscription: Subscription) -> bool:
     )
 
 
-def _runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | Control]:
-    """Entries up to each one that must take effect before the next is decided, and that one."""
+class _Reload(NamedTuple):
+    """Policies must be read again before what follows an entry is decided."""
+
+    table: str
+    number: int
+
+
+def _runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | _Reload]:
+    """Entries up to each one that must take effect before the next is decided, and that effect."""
     run: list[Prepared] = []
     for item in prepared:
         run.append(item)
         body = item.entry.body
         if isinstance(body, Control) and body.kind == "catalog":
             yield run
-            yield body
+            yield _Reload(body.table, item.entry.number)
             run = []
     if run:
         yield run

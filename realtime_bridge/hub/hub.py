@@ -6,7 +6,7 @@ Layer: core. May import: words, broker.base, filters, policy.base, wire, hub.*.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from typing import Final, NamedTuple
 
 from realtime_bridge.broker.base import Broker, Update
@@ -27,15 +27,19 @@ from realtime_bridge.hub.catch_up import READERS, CatchUp
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import FanOut
 from realtime_bridge.hub.keepalive import Keepalive
+from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import NOWHERE, Counters, Standing
 from realtime_bridge.hub.subscription import State, Subscription
-from realtime_bridge.policy.base import Policy
+from realtime_bridge.policy.base import Member, Policy
 
 logger = logging.getLogger(__name__)
 
 MAX_SUBSCRIPTIONS: Final = 100
 """Per connection, as Supabase has it."""
+WATCH_SECONDS: Final = 1.0
+"""For how long a change of rights that nothing announces may go unnoticed."""
 _BACKOFF_SECONDS: Final = 0.25
+_SETTLE_SECONDS: Final = 3.0
 
 
 class Start(NamedTuple):
@@ -44,11 +48,13 @@ class Start(NamedTuple):
     Attributes:
         owed: the resync that it is sent before anything else, if any.
         generation: of the numbers when it was asked; later than that `number` may mean another entry.
+        fresh: it is the present, as nobody had asked for a position.
     """
 
     number: int
     owed: ResyncReason | None
     generation: int
+    fresh: bool = False
 
 
 class Hub:
@@ -82,9 +88,12 @@ class Hub:
         self.strangers: set[object] = set()
         self._broker = broker
         self._policy = policy
-        self._standing = Standing(policy)
+        self._standing = Standing(policy, self.tables)
         self.connections = self._standing.connections
-        self._catch_up = CatchUp(self._standing, broker, slice_bytes=send_buffer_bytes, resync_seconds=resync_seconds)
+        self._settler = Settler(self._standing, broker)
+        self._catch_up = CatchUp(
+            self._standing, broker, self._settler, slice_bytes=send_buffer_bytes, resync_seconds=resync_seconds
+        )
         self._fan_out = FanOut(self._standing, self._catch_up.resume)
         self._keepalive = Keepalive(self, ping_seconds)
         self._per_user: Counter[str] = Counter()
@@ -99,6 +108,9 @@ class Hub:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow(), name="follow")
             tasks.create_task(self._keepalive.run(), name="keepalive")
+            tasks.create_task(self._watch(), name="watch")
+            tasks.create_task(self._settler.work(), name="settler")
+            tasks.create_task(self._settler.remind(), name="settler-reminds")
             for i in range(READERS):
                 tasks.create_task(self._catch_up.work(), name=f"catch-up-{i}")
 
@@ -121,6 +133,14 @@ class Hub:
                 self._failed = True
             self._standing.following = False
             await asyncio.sleep(_BACKOFF_SECONDS)
+
+    async def _watch(self) -> None:
+        """Find the changes of rights that no entry announces."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if await self._policy.outdated():
+                async with self._standing.turn:
+                    await self._fan_out.reload("*", self._standing.number + 1)
 
     async def _apply(self, update: Update) -> None:
         standing = self._standing
@@ -197,8 +217,7 @@ class Hub:
             for subscription in self._subscriptions():
                 self._owe(subscription, "history_gone")
                 await breath.take()
-            await standing.policy.reload("*")  # a control may be among what is gone
-            standing.reloads += 1
+            await self._fan_out.reload("*", number + 1)  # a control may be among what is gone
             standing.generation += 1
             standing.epoch, standing.number = epoch, number
             standing.window.reset(number)
@@ -215,6 +234,10 @@ class Hub:
     def _owe(self, subscription: Subscription, reason: ResyncReason) -> None:
         """A subscription must resync before anything else. Only within `turn`."""
         subscription.owed = reason
+        self._step_back(subscription)
+
+    def _step_back(self, subscription: Subscription) -> None:
+        """Have a subscription at the end arrive there anew. Only within `turn`."""
         if subscription.state is State.AT_END:
             self._standing.depart(subscription, self._standing.number, State.BEHIND)
             self._catch_up.resume(subscription)
@@ -269,7 +292,7 @@ class Hub:
         """
         generation = self._standing.generation
         if text is None:
-            return Start(self._standing.number, None, generation)
+            return Start(self._standing.number, None, generation, fresh=True)
         position = Position.parse(text)
         window = self._standing.window
         if position.epoch == self._standing.epoch and window.first - 1 <= position.number <= self._standing.number:
@@ -299,6 +322,18 @@ class Hub:
         if claims.subject is not None:
             self._per_user[claims.subject] += 1
         return connection
+
+    async def position_for(self, claims: Claims) -> str:
+        """The position that a user's read of the database may start from, with what it sees by then remembered.
+
+        A reader that comes with it is told if the user sees otherwise by then.
+        """
+        member = self._policy.join(claims)
+        try:
+            await self._wait_for(member)
+            return self.position
+        finally:
+            self._policy.leave(member)
 
     def admit(self, claims: Claims | None) -> None:
         """Whether one more connection would be taken; raises as `open` does."""
@@ -331,32 +366,54 @@ class Hub:
                 self._catch_up.resume(subscription)
 
     async def reauthenticate(self, connection: Connection, claims: Claims) -> None:
-        """Newer claims of the same user; subscriptions stay, and are told to resync if they may see otherwise now.
+        """Newer claims of the same user; subscriptions stay, and are told to resync if they see otherwise now.
 
         Raises:
             ForbiddenError: another user, or another role.
         """
         if (claims.user, claims.role) != (connection.claims.user, connection.claims.role):
             raise ForbiddenError("the new token is of another user or role")
-        async with self._standing.turn:
-            if connection not in self.connections:
-                return  # lost meanwhile, and its member left
-            connection.claims, connection.warned = claims, False
-            member = self._policy.join(claims)
-            before = connection.member
-            if member is not before:
+        member = self._policy.join(claims)
+        try:
+            await self._wait_for(member)
+            async with self._standing.turn:
+                if connection not in self.connections:
+                    return  # lost meanwhile, and its member left
+                connection.claims, connection.warned = claims, False
                 for subscription in connection.subscriptions.values():
-                    self._owe(subscription, "visibility_changed")
-            connection.member = member
-            self._policy.leave(before)
+                    self._change_member(subscription, member)
+                connection.member, member = member, connection.member
+        finally:
+            self._policy.leave(member)
+
+    def _change_member(self, subscription: Subscription, member: Member) -> None:
+        """A subscription is about to be another member's: its reader is owed a resync if that one sees otherwise."""
+        before = subscription.connection.member
+        if member is before:
+            return
+        if self._settler.is_settled(member) and all(
+            (now := member.sights.get(table)) and (seen := before.sights.get(table)) and now.digest == seen.digest
+            for table in subscription.tables
+        ):
+            self._step_back(subscription)
+        else:
+            self._owe(subscription, "visibility_changed")
+
+    async def _wait_for(self, member: Member) -> None:
+        """Until a member is settled, or for a while."""
+        if not self._settler.is_settled(member):
+            await asyncio.wait((self._settler.settle(member),), timeout=_SETTLE_SECONDS)
 
     # -- subscriptions -------------------------------------------------------------------------------------------------
 
-    def refusal(self, table: str, claims: Claims) -> str | None:
-        """Why a table cannot be subscribed to with these claims, in one sentence; None if it can."""
+    def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
+        """Why a table cannot be subscribed to with these claims, or these columns of it not be read by them.
+
+        In one sentence; None if nothing speaks against it.
+        """
         if table not in self.tables:
             return f"table {table} is not served here"
-        return self._policy.refusal(table, claims)
+        return self._policy.refusal(table, claims, columns)
 
     def subscribe(
         self,
@@ -380,7 +437,7 @@ class Hub:
             raise BadRequestError("id: already subscribed")
         if len(connection.subscriptions) >= MAX_SUBSCRIPTIONS:
             raise TooManyRequestsError(f"at most {MAX_SUBSCRIPTIONS} subscriptions a connection")
-        number, owed, _ = self._valid(start)
+        number, owed, _, fresh = self._valid(start)
         subscription = Subscription(
             connection,
             id_,
@@ -391,6 +448,7 @@ class Hub:
             columns=columns,
             by_hand=by_hand,
             owed=owed,
+            fresh=fresh,
         )
         connection.subscriptions[id_] = subscription
         if by_hand is None:

@@ -38,6 +38,7 @@ class Standing:
     """Where this process stands.
 
     Attributes:
+        tables: every table that can be subscribed to.
         epoch, number: everything up to here is decided and sent to those at the end.
         proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
@@ -47,6 +48,7 @@ class Standing:
     """
 
     policy: Policy
+    tables: tuple[str, ...] = ()
     epoch: str = ""
     number: int = 0
     proven_until: float = 0.0

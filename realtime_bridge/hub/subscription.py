@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from realtime_bridge.change import ABSENT, Change, Image, Relation, ResyncReason
 from realtime_bridge.errors import BadRequestError
 from realtime_bridge.filters import BoundFilter, Filter
+from realtime_bridge.policy.base import Seen
 from realtime_bridge.wire.native import Form
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Subscription:
         owed: a resync of all its tables that must be sent before anything else; `number` means nothing meanwhile.
         covered: table → number up to which a resync that was sent stands for everything.
         told: table → time of its newest resync.
+        fresh: it began at the present, so that nothing read before can be out of date.
+        seen: table → the newest of `Member.sights` that its reader's copy may rest on.
     """
 
     connection: "Connection"
@@ -70,6 +73,8 @@ class Subscription:
     owed: ResyncReason | None = None
     covered: dict[str, int] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
+    fresh: bool = False
+    seen: dict[str, Seen] = field(default_factory=dict)
     _bound: tuple[str, BoundFilter | None] = ("", None)
 
     @property
@@ -92,9 +97,34 @@ class Subscription:
         """Whether it takes every change of its tables as it is."""
         return self.filter is None and self.events is None
 
+    def see(self) -> None:
+        """The reader's copy rests on what its member sees now."""
+        self.seen.update(self.connection.member.sights)
+
+    def outdated(self, table: str, until: int) -> bool:
+        """Whether what its reader has of a table may be other than what its member sees since an entry up to `until`.
+
+        While it is served here that is known; for one that has come from elsewhere its position tells, at once.
+        """
+        now, seen = self.connection.member.sights.get(table), self.seen.get(table)
+        if now is None or now == seen:
+            return False
+        if seen is None:
+            return self.number < now.since
+        return now.since <= until and (self.number < now.since or seen.digest != now.digest)
+
+    def shown(self, table: str) -> tuple[str, ...] | None:
+        """The columns shown of a table beside its key: those chosen, as far as they may be read; None for all."""
+        allowed = self.connection.member.columns.get(table)
+        if allowed is None or self.columns is None:
+            return self.columns if allowed is None else allowed
+        return tuple(column for column in allowed if column in self.columns)
+
     def form(self, change: Change, old: bool | None, new: bool | None) -> Form | Unknown | None:
         """What it is sent of a change, given what its member may see; None for nothing."""
         if self.filter is not None:
+            if not self._may_filter(change.relation.name, self.filter):
+                return UNKNOWN
             bound = self._bind(change.relation)
             old = _and(old, _matches(bound, change.old))
             new = _and(new, _matches(bound, change.new))
@@ -102,6 +132,10 @@ class Subscription:
         if isinstance(form, Form) and self.events is not None and form.operation not in self.events:
             return None
         return form
+
+    def _may_filter(self, table: str, filter_: Filter) -> bool:
+        allowed = self.connection.member.columns.get(table)
+        return allowed is None or filter_.columns <= set(allowed)
 
     def _bind(self, relation: Relation) -> BoundFilter | None:
         if self._bound[0] != relation.version:

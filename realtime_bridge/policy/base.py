@@ -4,10 +4,13 @@ The hub asks in two ways: for the newest entries, which of all present members s
 answer is long); for a member who reads on from an older position, which of some entries it sees (`verdicts`). Both are
 decided now, with the facts that hold now. Unknown is never yes.
 
+What is known of a member has to be asked first, and can stop holding. Until it is known again the member is *pending*:
+it is in no audience, and the hub keeps its readers behind until `load` has been called for it.
+
 Layer: adapters (contract). May import: words.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,19 +18,50 @@ from realtime_bridge.change import Entry
 from realtime_bridge.claims import Claims
 
 
+class Seen(NamedTuple):
+    """What is seen of a table, by digest, and the number since which it has been so."""
+
+    digest: str
+    since: int
+
+
 class Member:
     """Users whom no policy can tell apart: one member, however many connections.
 
     Compared by identity. Made by `Policy.join` alone.
+
+    Attributes:
+        pending: nothing may be decided for it before `Policy.load`.
+        doubts: table → number of the newest entry that put in doubt what it sees there, until that was compared.
+        confirmed: tables of which what it sees was read because of an entry, not at some time that no entry tells.
+        sights: table → what it sees there, as a digest, and the number since which it has been so, as far as anybody
+            knows.
+        columns: table → those it may read, in column order; a table that is missing here it may read whole.
     """
 
-    __slots__ = ("__weakref__", "claims", "facts", "key", "uses")
+    __slots__ = (
+        "__weakref__",
+        "claims",
+        "columns",
+        "confirmed",
+        "doubts",
+        "facts",
+        "key",
+        "pending",
+        "sights",
+        "uses",
+    )
 
     def __init__(self, key: tuple[str, str], claims: Claims) -> None:
         self.key = key
         self.claims = claims
         self.facts: dict[str, object] = {}
         self.uses = 0
+        self.pending = True
+        self.doubts: dict[str, int] = {}
+        self.confirmed: set[str] = set()
+        self.sights: dict[str, Seen] = {}
+        self.columns: Mapping[str, tuple[str, ...]] = {}
 
 
 class Verdict(NamedTuple):
@@ -48,39 +82,67 @@ class Audience:
         new: members who may see the new image (empty for a DELETE).
         unknown: members for whom the old or the new image could not be decided and whose copy may now be out of
             date; they get one coalesced `resync`.
+        doubtful: members who are pending from this entry on, and so in no later audience of the same answer either.
     """
 
     old: Set[Member]
     new: Set[Member]
     unknown: Set[Member] = frozenset()
+    doubtful: Set[Member] = frozenset()
 
 
 class Policy(Protocol):
     """Decides, per entry, which members may see it."""
 
     def join(self, claims: Claims) -> Member:
-        """The member for these claims; from now on it is part of every audience. Pair with `leave`."""
+        """The member for these claims; once loaded it is part of every audience. Pair with `leave`."""
         ...
 
     def leave(self, member: Member) -> None:
-        """One use of the member less; with its last use it is forgotten."""
+        """One use of the member less; after its last use it is forgotten, now or some time later."""
+        ...
+
+    async def load(self, members: Sequence[Member]) -> None:
+        """Learn what must be known of these members, in as few questions as possible.
+
+        Afterwards they are not pending, save those of whom an entry met meanwhile has put something in doubt again.
+        Raises nothing: what could not be learned within a bounded time is unknown, and counted.
+        """
+        ...
+
+    def digest(self, member: Member, table: str) -> str:
+        """A digest of what decides which rows of a table a loaded member sees: equal if nothing has changed.
+
+        Empty if it is not known now.
+        """
         ...
 
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
-        """Who may see each entry, one answer an entry (controls have an empty audience).
+        """Who may see each entry, one answer an entry (controls are seen by nobody).
 
         Raises nothing: what cannot be decided is unknown, and counted.
         """
         ...
 
     async def verdicts(self, entries: Sequence[Entry], member: Member) -> list[Verdict]:
-        """What one member may see of each entry. Raises nothing."""
+        """What one member, not pending, may see of each entry. Raises nothing."""
         ...
 
-    async def reload(self, table: str) -> None:
-        """Read a table's policies, grants and columns again (`*`: of all). Raises nothing: a failure denies."""
+    async def outdated(self) -> bool:
+        """Whether what the policy knows of rights is not what holds now. Changes nothing and raises nothing."""
         ...
 
-    def refusal(self, table: str, claims: Claims) -> str | None:
-        """Why nobody with this role will ever get a change of this table, in one sentence; None if somebody may."""
+    async def reload(self, table: str) -> frozenset[str]:
+        """Read a table's policies, grants and columns again (`*`: of all). Raises nothing: a failure denies.
+
+        Returns the tables of which something has changed; every member is pending then, and has to be joined anew,
+        since policies may now tell apart what they could not before.
+        """
+        ...
+
+    def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
+        """Why nobody with this role will ever get a change of this table, or may read all of these columns of it.
+
+        In one sentence; None if somebody may.
+        """
         ...

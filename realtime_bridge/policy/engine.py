@@ -1,85 +1,46 @@
 """Decides who may see a change, from the tables' own policies or from rules.
 
-Policies and rules are compiled once (`policy.compiler`), users' facts are read once (`policy.facts`), and members are
-sorted so that an audience costs what it is long (`policy.index`). What cannot be compiled shows nothing to the roles
-it concerns, and a log line says why.
+Policies and rules are compiled once (`policy.decision`), what must be known of users is learned when they come and put
+in doubt by the changes it rests on (`policy.knowledge`), and members are sorted so that an audience costs what it is
+long (`policy.index`). What neither can be compiled nor asked shows nothing to the roles it concerns, and a log line
+says why.
 
 Layer: adapters. May import: words, policy.*.
 """
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Final
 
-from realtime_bridge.change import ABSENT, Change, Entry, Image, Relation
+from realtime_bridge.change import Change, Entry, Image, Relation
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
-from realtime_bridge.policy.catalog import Catalog, CatalogPolicy, CatalogTable
-from realtime_bridge.policy.compiler import ColumnType, compile_expression
-from realtime_bridge.policy.expression import Expression, Fact, UnsupportedExpression, facts_of, parse_expression
-from realtime_bridge.policy.facts import PER_TOKEN, claims_read, identity, read_facts
-from realtime_bridge.policy.index import AudienceIndex, Seen
-from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
+from realtime_bridge.policy.catalog import Catalog, CatalogTable
+from realtime_bridge.policy.decision import CANNOT_DECIDE, Decision, Refusal, decide
+from realtime_bridge.policy.expression import Expression, UnsupportedExpression
+from realtime_bridge.policy.facts import identity
+from realtime_bridge.policy.index import AudienceIndex, Question, Seen
+from realtime_bridge.policy.knowledge import Asking, Knowledge
+from realtime_bridge.policy.members import Members
+from realtime_bridge.policy.reading import parse_expression
+from realtime_bridge.policy.table import Table
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS: Final = 1.0
-"""For how long a change of rights that nothing announces may go unnoticed."""
-
-_MAX_RELATIONS: Final = 16
+_ROUNDS: Final = 3
+"""Answers can leave new questions open, but not for ever."""
 _NOBODY: Final = Audience(frozenset(), frozenset())
 _NOTHING: Final = Verdict(old=False, new=False)
 _UNKNOWN: Final = Verdict(old=None, new=None)
 
 
-class _Refusal(NamedTuple):
-    """Why a role gets nothing of a table. Clients are told the reason, never a policy's text."""
-
-    reason: str
-    policy: str = ""
-    part: str = ""
-
-
-class _Decider(NamedTuple):
-    """What decides the images of one relation. It does not fit if it needs columns that the relation lacks."""
-
-    audiences: AudienceIndex | None
-    fits: bool = True
-
-
-@dataclass(slots=True)
-class _Table:
-    """A table as it is decided now.
-
-    Attributes:
-        digest: of the catalog's description that `index` was made from; None if there is none that holds.
-        index: the members, sorted by what the catalog says.
-        deciders: by relation version; bounded, the oldest goes first.
-        doubtful: `index` may be out of date, and whoever it serves is told so instead of being shown anything.
-    """
-
-    name: str
-    rule: Expression | None
-    digest: str | None = None
-    refusals: Mapping[str, _Refusal] = field(default_factory=dict)
-    index: AudienceIndex | None = None
-    deciders: dict[str, _Decider] = field(default_factory=dict)
-    doubtful: bool = False
-
-    @property
-    def indexes(self) -> set[AudienceIndex]:
-        """Every index that members must be sorted into."""
-        found = {self.index, *(decider.audiences for decider in self.deciders.values())}
-        return {index for index in found if index is not None}
-
-
 class PolicyEngine:
     """Policy by row-level security, or by rules in its place.
 
-    `load` it before its first use. An instance belongs to one event loop.
+    `prepare` it before its first use. An instance belongs to one event loop.
 
     Args:
         tables: `schema.table` each.
@@ -87,30 +48,46 @@ class PolicyEngine:
         rules: table → SQL expression, used instead of the table's policies; a role's grants count nevertheless.
         catalog: the database's own description; without one every table needs a rule, column types are those that
             changes have, and no grants are asked for.
+        asking: asks Postgres what cannot be decided here; without it, that is refused.
+        publication: the one whose changes come through the history; None if nothing can be relied on to come.
+        fact_seconds: for how long what nobody can follow is believed.
 
     Attributes:
         undecided: changes of which something could not be decided for somebody.
+        knowledge: what was asked of Postgres, with its counters.
 
     Raises:
         ConfigurationError: a table has neither policies nor a rule, or a rule cannot be decided here.
     """
 
     def __init__(
-        self, tables: Sequence[str], roles: Sequence[str], rules: Mapping[str, str], catalog: Catalog | None = None
+        self,
+        tables: Sequence[str],
+        roles: Sequence[str],
+        rules: Mapping[str, str],
+        catalog: Catalog | None = None,
+        asking: Asking | None = None,
+        *,
+        publication: str | None = None,
+        fact_seconds: float = 5.0,
     ) -> None:
         self.undecided = 0
         self._roles = frozenset(roles)
+        self._rules = dict(rules)
         self._catalog = catalog
-        parsed = {table: _parse_rule(table, rule, tables) for table, rule in rules.items()}
+        self._asking = asking
+        parsed = {table: _parse_rule(table, rule, tables, asking is not None) for table, rule in rules.items()}
         if catalog is None and (left := [name for name in tables if name not in parsed]):
             raise ConfigurationError(
                 f"BRIDGE_POLICIES has no rule for {left[0]}, and there is no DATABASE_URL to read policies from."
             )
-        self._tables = {name: _Table(name, parsed.get(name)) for name in tables}
-        self._members: dict[tuple[str, str], Member] = {}
-        self._hidden: dict[Member, frozenset[str]] = {}
-        self._kept = self._per_token_claims_read()
+        self._tables = {name: Table(name, None if catalog else parsed[name]) for name in tables}
+        self._members = Members()
+        self._publication = publication
+        self.knowledge = Knowledge(self._tables, self._members, asking, fact_seconds)
         self._reading = asyncio.Lock()
+        self._is_readable = True
+        self._fingerprint = ""
 
     @property
     def denied_tables(self) -> dict[str, str]:
@@ -121,7 +98,19 @@ class PolicyEngine:
             if table.refusals and self._roles <= table.refusals.keys()
         }
 
-    async def load(self) -> None:
+    @property
+    def references(self) -> frozenset[str]:
+        """Tables that policies refer to, whose changes have to come through the history."""
+        return self.knowledge.references
+
+    @property
+    def present(self) -> int:
+        """How many members are in use."""
+        return self._members.present
+
+    # -- rights
+
+    async def prepare(self) -> None:
         """Read the catalog, if there is one.
 
         Raises:
@@ -129,77 +118,124 @@ class PolicyEngine:
             DatabaseError: the catalog cannot be read now.
         """
         if self._catalog is None:
+            self.knowledge.survey()
             return
         async with self._reading:
-            described = await self._catalog.read(list(self._tables), sorted(self._roles))
-            for table in self._tables.values():
-                try:
-                    self._describe(table, described.get(table.name))
-                except UnsupportedExpression as error:
-                    raise _undecidable_rule(table.name, error) from None
+            described = await self._read(list(self._tables.values()))
+            try:
+                await self._describe_all(list(self._tables.values()), described)
+            except _UndecidableRuleError as error:
+                raise _undecidable(error.table, error.reason) from None
 
-    async def reload(self, table: str) -> None:
+    async def reload(self, table: str) -> frozenset[str]:
         """See `Policy.reload`."""
-        tables = [known for known in self._tables.values() if table in ("*", known.name)]
+        everything = table == "*" or table in self.references
+        tables = [known for known in self._tables.values() if everything or known.name == table]
         if self._catalog is None or not tables:
-            return
+            return frozenset()
+        before = {known.name: known.digest for known in tables}
         async with self._reading:
             try:
-                described = await self._catalog.read([known.name for known in tables], sorted(self._roles))
+                described = await self._read(tables)
+                await self._describe_all(tables, described)
+            except _UndecidableRuleError as error:
+                refusal = Refusal(CANNOT_DECIDE.format(error.table), "BRIDGE_POLICIES", error.reason.part)
+                self._tables[error.table].refuse(self._roles, refusal)
             except Exception:  # whatever it is: policies that may have changed must not decide any more
                 logger.exception("policies could not be read")
+                self._fingerprint = ""
                 for known in tables:
-                    self._doubt(known)
-                return
-            self._describe_all(tables, described)
+                    known.doubt(self._roles)
+        changed = frozenset(
+            known.name for known in tables if known.digest is None or known.digest != before[known.name]
+        )
+        if changed:
+            self._part()
+        return changed
 
-    async def watch(self, *, seconds: float = WATCH_SECONDS) -> None:
-        """Read the catalog again every so many seconds, until cancelled; without one, return.
+    async def outdated(self) -> bool:
+        """See `Policy.outdated`. While the catalog cannot be read, what is known holds."""
+        if self._catalog is None:
+            return False
+        try:
+            fingerprint = await self._catalog.fingerprint()
+        except BridgeError as error:
+            if self._is_readable:
+                logger.warning("policies cannot be watched", extra={"reason": error.detail})
+            self._is_readable = False
+            return False
+        self._is_readable = True
+        return fingerprint != self._fingerprint
 
-        That finds what no change announces (with some sources nothing does), and what `reload` could not read. While
-        the catalog cannot be read here, what is known holds.
+    async def _read(self, tables: Sequence[Table]) -> dict[str, CatalogTable]:
+        assert self._catalog is not None, "only called with a catalog"
+        if len(tables) == len(self._tables):
+            self._fingerprint = await self._catalog.fingerprint()  # first: what changes meanwhile is noticed later
+            if self._publication is not None:
+                self.knowledge.followed = await self._catalog.published(self._publication)
+        return await self._catalog.read([table.name for table in tables], sorted(self._roles))
+
+    async def _describe_all(self, tables: Sequence[Table], described: Mapping[str, CatalogTable]) -> None:
+        """Decide tables by what the catalog says now.
+
+        Raises:
+            DatabaseError: Postgres could not be asked what policies mean.
         """
-        tables = list(self._tables.values())
-        is_readable = True
-        while self._catalog is not None:
-            await asyncio.sleep(seconds)
-            async with self._reading:
-                try:
-                    described = await self._catalog.read([known.name for known in tables], sorted(self._roles))
-                except BridgeError as error:
-                    if is_readable:
-                        logger.warning("policies cannot be watched", extra={"reason": error.detail})
-                    is_readable = False
-                else:
-                    is_readable = True
-                    self._describe_all(tables, described)
+        for table in tables:
+            description = described.get(table.name)
+            if description is None:
+                table.refuse(self._roles, Refusal(f"there is no table {table.name}"))
+                continue
+            decision = await self._decide(table, description)
+            if decision.digest != table.digest:
+                table.adopt(decision)
+        self.knowledge.survey()
+
+    async def _decide(self, table: Table, description: CatalogTable) -> Decision:
+        rule = self._rules.get(table.name)
+        try:
+            return await decide(description, self._roles, rule=rule, asking=self._asking)
+        except UnsupportedExpression as error:
+            raise _UndecidableRuleError(table.name, error) from None
 
     # -- members
 
     def join(self, claims: Claims) -> Member:
         """See `Policy.join`."""
-        key = identity(claims, self._kept)
-        member = self._members.get(key)
-        if member is None:
-            member = self._members[key] = Member(key, claims)
-            self._hidden[member] = PER_TOKEN - self._kept
-            for table in self._tables.values():
-                for index in table.indexes:
-                    self._add(member, index)
+        key = identity(claims, self.knowledge.claims_kept)
+        member = self._members.get(key) or self._members.add(key, claims)
         member.uses += 1
+        if member.uses == 1 and not member.pending:
+            self._sort_in(member)
         return member
 
     def leave(self, member: Member) -> None:
         """See `Policy.leave`."""
         member.uses -= 1
-        if member.uses:
+        if member.uses or member not in self._members:
             return
-        del self._members[member.key], self._hidden[member]
-        for table in self._tables.values():
-            for index in table.indexes:
-                index.discard(member)
+        self._sort_out(member)
+        if member.pending:
+            self._members.forget(member)
+        else:
+            self._members.rest(member)
 
-    def refusal(self, table: str, claims: Claims) -> str | None:
+    async def load(self, members: Sequence[Member]) -> None:
+        """See `Policy.load`."""
+        known = [member for member in members if member in self._members]
+        for member in await self.knowledge.learn(known):
+            member.pending = False
+            if member.uses:
+                self._sort_in(member)
+        for member in members:
+            if member not in self._members:
+                member.pending = False
+
+    def digest(self, member: Member, table: str) -> str:
+        """See `Policy.digest`."""
+        return "" if self.knowledge.is_unlearned(member, table) else self._tables[table].digest_for(member)
+
+    def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
         """See `Policy.refusal`."""
         known = self._tables.get(table)
         if known is None:
@@ -207,218 +243,162 @@ class PolicyEngine:
         if claims.role not in self._roles:
             return f"role {claims.role} is not a role of this bridge"
         refusal = known.refusals.get(claims.role)
-        return None if refusal is None else refusal.reason
+        if refusal is not None:
+            return refusal.reason
+        readable = None if known.decision is None else known.decision.columns.get(claims.role)
+        if readable is not None and (hidden := sorted(columns - set(readable))):
+            return f"role {claims.role} may not read {table}.{hidden[0]}"
+        return None
 
-    def _add(self, member: Member, index: AudienceIndex) -> None:
-        news = [fact for fact in index.facts if fact.sql not in member.facts]
-        member.facts.update(read_facts(news, member.claims.values, hidden=self._hidden[member]))
-        index.add(member)
+    def _sort_in(self, member: Member) -> None:
+        role = member.claims.role
+        member.columns = {
+            table.name: table.decision.columns[role]
+            for table in self._tables.values()
+            if table.decision is not None and role in table.decision.columns
+        }
+        for index in self._indexes():
+            index.add(member)
+
+    def _sort_out(self, member: Member) -> None:
+        for index in self._indexes():
+            index.discard(member)
+
+    def _indexes(self) -> list[AudienceIndex]:
+        return [index for table in self._tables.values() for index in table.indexes]
+
+    def _part(self) -> None:
+        """Forget every member: each has to be joined anew."""
+        for member in self._members:
+            self._sort_out(member)
+            member.pending = True
+            self._members.forget(member)
 
     # -- verdicts
 
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
         """See `Policy.audience`."""
-        return [self._audience(entry.body) if isinstance(entry.body, Change) else _NOBODY for entry in entries]
+        answers: list[Audience] = []
+        run: list[Entry] = []
+        for entry in entries:
+            if not self.knowledge.is_touched_by(entry.body):
+                run.append(entry)
+                continue
+            answers += map(_own, await self._decide_run(run))
+            run = []
+            doubtful = self._put_in_doubt(entry)
+            (audience,) = await self._decide_run([entry])
+            answers.append(_own(replace(audience, doubtful=doubtful)))
+        return answers + await self._decide_run(run)
+
+    def _put_in_doubt(self, entry: Entry) -> frozenset[Member]:
+        """Whoever sees, or may see, something else by an entry: nothing is decided for them before it is known."""
+        doubtful: set[Member] = set()
+        for member, tables in self.knowledge.doubts(entry.body).items():
+            self._sort_out(member)
+            member.pending = True
+            if not member.uses:
+                self._members.forget(member)
+                continue
+            self.knowledge.forget(member)
+            member.doubts.update(dict.fromkeys(tables, entry.number))
+            doubtful.add(member)
+        return frozenset(doubtful)
+
+    async def _decide_run(self, run: Sequence[Entry]) -> list[Audience]:
+        changes = [entry.body if isinstance(entry.body, Change) else None for entry in run]
+        answers: list[Audience] = []
+        self._expire_answers(changes)
+        for _ in range(_ROUNDS if run else 0):
+            answers = [_NOBODY if change is None else self._audience(change) for change in changes]
+            if not await self._answer(changes):
+                break
+        self.undecided += sum(bool(answer.unknown) for answer in answers)
+        return answers
 
     async def verdicts(self, entries: Sequence[Entry], member: Member) -> list[Verdict]:
         """See `Policy.verdicts`."""
-        return [self._verdict(entry.body, member) if isinstance(entry.body, Change) else _NOTHING for entry in entries]
+        changes = [entry.body if isinstance(entry.body, Change) else None for entry in entries]
+        found: list[Verdict] = []
+        self._expire_answers(changes)
+        for _ in range(_ROUNDS):
+            found = [_NOTHING if change is None else self._verdict(change, member) for change in changes]
+            if not await self._answer(changes):
+                break
+        return found
+
+    def _expire_answers(self, changes: Iterable[Change | None]) -> None:
+        for name in {change.relation.name for change in changes if change is not None}:
+            table = self._tables.get(name)
+            if table is not None and table.asked:
+                self.knowledge.expire_answers(table)
+
+    async def _answer(self, changes: Sequence[Change | None]) -> bool:
+        """Have Postgres asked what was left open; whether it is worth looking again."""
+        tables = {self._tables[c.relation.name] for c in changes if c is not None and c.relation.name in self._tables}
+        questions: list[tuple[AudienceIndex, Question]] = [
+            (index, question) for table in tables for index in table.indexes for question in index.open_questions()
+        ]
+        return bool(questions) and await self.knowledge.answer(questions)
 
     def _audience(self, change: Change) -> Audience:
         index, fits = self._decider(change.relation)
         if index is None:
             return _NOBODY
         if not fits:
-            self.undecided += 1
             return Audience(frozenset(), frozenset(), index.members)
-        before, after = _images(change)
+        before, after = change.images()
         old = Seen() if before is None else index.seen(change.relation, before)
         new = Seen() if after is None else index.seen(change.relation, after)
         if not (old.perhaps or new.perhaps):
             return Audience(old.sure, new.sure)
         unknown = ((old.perhaps - old.sure) | new.perhaps) - new.sure
-        self.undecided += bool(unknown)
         return Audience(old.sure - unknown, new.sure, unknown)
 
     def _verdict(self, change: Change, member: Member) -> Verdict:
+        if self.knowledge.is_unlearned(member, change.relation.name):
+            return _UNKNOWN
         index, fits = self._decider(change.relation)
         if index is None or not index.admits(member):
             return _NOTHING
         if not fits:
             return _UNKNOWN
-        before, after = _images(change)
-        return Verdict(
-            old=False if before is None else index.sees(member, change.relation, before),
-            new=False if after is None else index.sees(member, change.relation, after),
-        )
 
-    def _decider(self, relation: Relation) -> _Decider:
+        def sees(image: Image | None) -> bool | None:
+            return False if image is None else index.sees(member, change.relation, image)
+
+        before, after = change.images()
+        return Verdict(old=sees(before), new=sees(after))
+
+    def _decider(self, relation: Relation) -> tuple[AudienceIndex | None, bool]:
         table = self._tables.get(relation.name)
         if table is None:
-            return _Decider(None)
-        decider = table.deciders.get(relation.version)
-        if decider is None:
-            if len(table.deciders) >= _MAX_RELATIONS:
-                del table.deciders[next(iter(table.deciders))]
-            decider = table.deciders[relation.version] = self._decide_relation(table, relation)
-        return decider
-
-    def _decide_relation(self, table: _Table, relation: Relation) -> _Decider:
-        if table.index is not None:
-            fits = not table.doubtful and table.index.fits(relation)
-            if not (fits or table.doubtful):
-                logger.warning("changes lack columns that policies need", extra={"table": table.name})
-            return _Decider(table.index, fits)
-        if self._catalog is not None or table.rule is None:
-            return _Decider(None)
-        types = {column.name: ColumnType(column.type) for column in relation.columns}
-        try:
-            predicate = compile_expression(table.rule, types)
-        except UnsupportedExpression as error:
-            self._refuse_all(table, _Refusal(_CANNOT_DECIDE.format(table.name), "BRIDGE_POLICIES", error.part))
-            return _Decider(None)
-        table.refusals = {}
-        return _Decider(self._index(dict.fromkeys(self._roles, predicate), types))
-
-    # -- what decides
-
-    def _describe(self, table: _Table, description: CatalogTable | None) -> None:
-        """Decide a table by what the catalog says now.
-
-        Raises:
-            UnsupportedExpression: its rule does not compile.
-        """
-        if description is None:
-            self._refuse_all(table, _Refusal(f"there is no table {table.name}"))
-            return
-        if description.digest == table.digest:
-            return
-        decided = {role: _decide(role, table.rule, description) for role in sorted(self._roles)}
-        table.refusals = {role: refusal for role, refusal in decided.items() if isinstance(refusal, _Refusal)}
-        predicates = {role: predicate for role, predicate in decided.items() if isinstance(predicate, Predicate)}
-        table.index = self._index(predicates, description.columns)
-        table.deciders.clear()
-        table.doubtful = False
-        table.digest = description.digest
-        self._kept = self._per_token_claims_read()
-        _log_refusals(table.name, table.refusals)
-
-    def _describe_all(self, tables: Iterable[_Table], described: Mapping[str, CatalogTable]) -> None:
-        for table in tables:
-            try:
-                self._describe(table, described.get(table.name))
-            except UnsupportedExpression as error:
-                self._refuse_all(table, _Refusal(_CANNOT_DECIDE.format(table.name), "BRIDGE_POLICIES", error.part))
-
-    def _index(self, predicates: Mapping[str, Predicate], columns: Mapping[str, ColumnType]) -> AudienceIndex:
-        index = AudienceIndex(predicates, {name: column.name for name, column in columns.items()})
-        for member in self._members.values():
-            self._add(member, index)
-        return index
-
-    def _refuse_all(self, table: _Table, refusal: _Refusal) -> None:
-        refusals = dict.fromkeys(sorted(self._roles), refusal)
-        if refusals == table.refusals and table.index is None:
-            return
-        table.refusals = refusals
-        table.index = table.digest = None
-        table.deciders.clear()
-        _log_refusals(table.name, table.refusals)
-
-    def _doubt(self, table: _Table) -> None:
-        """Show nothing of a table until it has been described again."""
-        refusal = _Refusal(f"the policies of {table.name} cannot be read now")
-        table.refusals = dict.fromkeys(sorted(self._roles), refusal)
-        table.digest = None
-        table.deciders.clear()
-        table.doubtful = True
-
-    def _per_token_claims_read(self) -> frozenset[str]:
-        facts: set[Fact] = set()
-        for table in self._tables.values():
-            facts |= frozenset() if table.rule is None else facts_of(table.rule)
-            facts |= frozenset() if table.index is None else table.index.facts
-        return PER_TOKEN & claims_read(facts)
+            return None, True
+        return table.decider(relation, self._roles, (m for m in self._members if m.uses and not m.pending))
 
 
-_CANNOT_DECIDE: Final = "the policies of {} cannot be decided by this bridge; its log says which part"
+def _own(audience: Audience) -> Audience:
+    """The same with sets of its own, which do not change with the index."""
+    return replace(
+        audience, old=frozenset(audience.old), new=frozenset(audience.new), unknown=frozenset(audience.unknown)
+    )
 
 
-def _decide(role: str, rule: Expression | None, table: CatalogTable) -> Predicate | _Refusal:
-    """What a role sees of a table.
-
-    Raises:
-        UnsupportedExpression: the rule does not compile.
-    """
-    if role not in table.granted:
-        return _Refusal(f"role {role} may not read the whole of {table.name}")
-    if rule is not None:
-        predicate = compile_expression(rule, table.columns)
-    elif not table.row_security:
-        return _Refusal(f"{table.name} has no row-level security, and BRIDGE_POLICIES has no rule for it")
-    elif role in table.exempt:
-        predicate = EVERYTHING
-    else:
-        combined = _combine([policy for policy in table.policies if role in policy.roles], table)
-        if isinstance(combined, _Refusal):
-            return combined
-        predicate = combined
-    return predicate if predicate.conjuncts else _Refusal(f"no policy of {table.name} shows role {role} any row")
+class _UndecidableRuleError(Exception):
+    def __init__(self, table: str, reason: UnsupportedExpression) -> None:
+        super().__init__(table)
+        self.table = table
+        self.reason = reason
 
 
-def _combine(policies: Iterable[CatalogPolicy], table: CatalogTable) -> Predicate | _Refusal:
-    """One permissive policy must hold, and every restrictive one."""
-    permissive: list[Predicate] = []
-    restrictive: list[Predicate] = []
-    name = ""
-    try:
-        for policy in policies:
-            name = policy.name
-            predicate = compile_expression(parse_expression(policy.expression or ""), table.columns)
-            for fact in predicate.facts:
-                if fact.path[0] not in table.readers:
-                    raise UnsupportedExpression(f"auth.{fact.path[0]}(), which is not Supabase's here")
-            (permissive if policy.permissive else restrictive).append(predicate)
-        name = ""
-        return all_of([any_of(permissive), *restrictive])
-    except UnsupportedExpression as error:
-        return _Refusal(_CANNOT_DECIDE.format(table.name), name, error.part)
-
-
-def _images(change: Change) -> tuple[Image | None, Image | None]:
-    """The old and the new image, each completed by what the other one proves.
-
-    A value that the new image lacks is an unchanged one; without an old image the key is unchanged.
-    """
-    before, after = change.old, change.new
-    if change.operation == "INSERT":
-        return None, after
-    if change.operation == "DELETE":
-        return before or (ABSENT,) * len(change.relation.columns), None
-    assert after is not None, "only a DELETE has no new image"
-    if before is None:
-        keys = frozenset(change.relation.key)
-        return tuple(value if i in keys else ABSENT for i, value in enumerate(after)), after
-    if ABSENT in after:
-        after = tuple(old if new is ABSENT else new for old, new in zip(before, after, strict=True))
-    return before, after
-
-
-def _parse_rule(table: str, rule: str, tables: Sequence[str]) -> Expression:
+def _parse_rule(table: str, rule: str, tables: Sequence[str], is_asking: bool) -> Expression:
     if table not in tables:
         raise ConfigurationError(f"BRIDGE_POLICIES has a rule for {table}, which is not one of BRIDGE_TABLES.")
     try:
-        return parse_expression(rule)
+        return parse_expression(rule, table=table, asking=is_asking)
     except UnsupportedExpression as error:
-        raise _undecidable_rule(table, error) from None
+        raise _undecidable(table, error) from None
 
 
-def _undecidable_rule(table: str, error: UnsupportedExpression) -> ConfigurationError:
+def _undecidable(table: str, error: UnsupportedExpression) -> ConfigurationError:
     return ConfigurationError(f"BRIDGE_POLICIES: the rule for {table} cannot be decided: {error.part}")
-
-
-def _log_refusals(table: str, refusals: Mapping[str, _Refusal]) -> None:
-    for refusal in dict.fromkeys(refusals.values()):
-        roles = [role for role, reason in refusals.items() if reason == refusal]
-        details = {"table": table, "roles": roles, "policy": refusal.policy, "part": refusal.part}
-        logger.warning("a table is not delivered", extra={"reason": refusal.reason, **details})

@@ -9,6 +9,7 @@ Sources: github:supabase/auth, migrations 20220224000811 and 20220531120530 (the
 jsonb_object_field_text in jsonfuncs.c.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -18,7 +19,8 @@ import orjson
 from realtime_bridge.canonical import canonical, cast
 from realtime_bridge.change import ABSENT, Value
 from realtime_bridge.claims import Claims
-from realtime_bridge.policy.expression import Fact
+from realtime_bridge.policy.expression import Claim
+from realtime_bridge.policy.predicate import Values
 
 PER_TOKEN: Final = frozenset({"exp", "iat", "nbf", "jti", "session_id"})
 """Claims that differ between two tokens of one user: they tell members apart only if a policy reads them."""
@@ -32,26 +34,32 @@ def identity(claims: Claims, kept: frozenset[str]) -> tuple[str, str]:
     return claims.role, json.dumps([sorted(kept), values], sort_keys=True, separators=(",", ":"))
 
 
-def claims_read(facts: Iterable[Fact]) -> frozenset[str]:
+def claims_read(facts: Iterable[Claim]) -> frozenset[str]:
     """The top-level claims that these facts are read from."""
     return frozenset(_keys(fact)[0] for fact in facts)
 
 
-def read_facts(facts: Iterable[Fact], values: Mapping[str, Any], *, hidden: frozenset[str]) -> dict[str, Value]:
-    """Every fact's canonical text, by its SQL.
-
-    Args:
-        facts: what is wanted.
-        values: the claims.
-        hidden: claims that the answer must not rest on, since users with other ones share it.
-    """
+def read_facts(facts: Iterable[Claim], values: Mapping[str, Any]) -> dict[str, Value]:
+    """Every claim's canonical text, by its SQL."""
     legible = _is_legible(values)
-    return {
-        fact.sql: _read(fact, values) if legible and _keys(fact)[0] not in hidden else ABSENT for fact in set(facts)
-    }
+    return {fact.sql: _read(fact, values) if legible else ABSENT for fact in set(facts)}
 
 
-def _keys(fact: Fact) -> tuple[str, ...]:
+def digest_of(*parts: object) -> str:
+    """A digest of what visibility rests on: the same in every process for equal parts."""
+    return hashlib.blake2b(repr([_stable(part) for part in parts]).encode(), digest_size=8).hexdigest()
+
+
+def _stable(part: object) -> object:
+    """The same with everything in an order that does not depend on the process."""
+    if isinstance(part, Mapping):
+        return sorted((name, _stable(value)) for name, value in part.items())
+    if isinstance(part, Values):
+        return sorted(part.texts), part.has_null
+    return part
+
+
+def _keys(fact: Claim) -> tuple[str, ...]:
     head, *keys = fact.path
     return tuple(keys) if head == "jwt" else (_CLAIM_OF[head],)
 
@@ -64,7 +72,7 @@ def _is_legible(values: Mapping[str, Any]) -> bool:
         return False
 
 
-def _read(fact: Fact, values: Mapping[str, Any]) -> Value:
+def _read(fact: Claim, values: Mapping[str, Any]) -> Value:
     try:
         text = _as_text(values, _keys(fact))
         if text is None:

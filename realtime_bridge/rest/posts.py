@@ -85,7 +85,7 @@ class Post(BaseModel):
 def posts_router(
     database: Callable[[], Database],
     verifier_dependency: Callable[..., Awaitable[Claims]],
-    position: Callable[[], str],
+    position: Callable[[Claims], Awaitable[str]],
     route_class: type[ProblemRoute] = ProblemRoute,
 ) -> APIRouter:
     """The routes of `/posts`.
@@ -93,8 +93,8 @@ def posts_router(
     Args:
         database: the primary; asked for with every request, since routes exist before a lifespan begins.
         verifier_dependency: gives the caller's claims, as `auth.require_claims` makes one.
-        position: where this process stands in the history. It is asked before a read's transaction begins, so that
-            the read shows at least everything up to there, and following from there misses nothing.
+        position: where this process stands in the history, for a caller. It is asked before a read's transaction
+            begins, so that the read shows at least everything up to there, and following from there misses nothing.
         route_class: of every route.
     """
     router = APIRouter(
@@ -109,7 +109,7 @@ def posts_router(
         after: Annotated[int | None, Query(ge=-(2**63), lt=2**63)] = None,
     ) -> Response:
         """Read the posts that the caller may see, in the order of their ids, a page at a time."""
-        headers = {POSITION_HEADER: position()}
+        headers = {POSITION_HEADER: await position(claims)}
         async with database().transaction_as(claims, readonly=True) as connection:
             rows = await connection.fetch(_LIST, after, limit + 1)
         if len(rows) > limit:
@@ -127,7 +127,7 @@ def posts_router(
     @router.get("/{id}", response_model=Post)
     async def read_post(claims: Caller, id: Identifier) -> Response:  # noqa: A002  (the name in the address)
         """Read one post, if the caller may see it."""
-        headers = {POSITION_HEADER: position()}
+        headers = {POSITION_HEADER: await position(claims)}
         async with database().transaction_as(claims, readonly=True) as connection:
             row = await connection.fetchval(_GET, id)
         if row is None:

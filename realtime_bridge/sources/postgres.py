@@ -10,7 +10,7 @@ Sources: PostgreSQL documentation, "Logical Decoding" and "Streaming Replication
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
@@ -46,18 +46,29 @@ class PostgresSource:
     """Changes from an own replication slot of a Postgres primary.
 
     The publication has to exist and to carry all tables (`ensure_publication`); the slot is made if it is missing.
+
+    Args:
+        references: further tables whose changes are wanted at the moment, as far as the publication carries them.
     """
 
     name = "postgres"
 
     def __init__(
-        self, dsn: str, *, slot: str, publication: str, tables: Sequence[str], transaction_rows: int = 10_000
+        self,
+        dsn: str,
+        *,
+        slot: str,
+        publication: str,
+        tables: Sequence[str],
+        transaction_rows: int = 10_000,
+        references: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self._dsn = dsn
         self._slot = slot
         self._publication = publication
         self._tables = tuple(tables)
         self._transaction_rows = transaction_rows
+        self._references = references
 
     async def check(self) -> None:
         """Prove that everything is there; makes nothing, not even the slot.
@@ -90,7 +101,12 @@ class PostgresSource:
                     logger.warning("replication does not continue the history", extra={"slot": self._slot})
                 where = {"slot": self._slot, "lsn": lsn_text(start.after.lsn), "pid": replication.pid}
                 logger.info("replication started", extra=where)
-                assembler = Assembler(self._tables, after=start.after, transaction_rows=self._transaction_rows)
+                assembler = Assembler(
+                    self._tables,
+                    after=start.after,
+                    transaction_rows=self._transaction_rows,
+                    references=self._references,
+                )
                 verify = partial(self._refuse_unpublished, primary)
                 yield PostgresStream(primary, replication, assembler, start, self._tables, verify)
 

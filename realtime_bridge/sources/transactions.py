@@ -8,7 +8,7 @@ Sources: src/backend/replication/logical/{reorderbuffer,proto}.c; SnapBuildXactN
 """
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
@@ -108,7 +108,11 @@ class Transaction:
 
 
 class Assembler:
-    """Gathers messages into transactions; only the configured tables cost memory.
+    """Gathers messages into transactions; only the tables that are wanted cost memory.
+
+    Args:
+        tables: `schema.table` each.
+        references: further tables that are wanted now; asked for every row, since they change.
 
     Attributes:
         ready: complete transactions with something to tell, oldest first. Whoever takes them bounds them.
@@ -124,6 +128,7 @@ class Assembler:
         after: Place,
         transaction_rows: int,
         transaction_bytes: int = TRANSACTION_BYTES,
+        references: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self.ready: deque[Transaction] = deque()
         self.ready_rows = 0
@@ -133,7 +138,8 @@ class Assembler:
         self._after = after
         self._max_rows = transaction_rows
         self._max_bytes = transaction_bytes
-        self._relations: dict[int, RelationMessage | None] = {}
+        self._references = references
+        self._relations: dict[int, tuple[RelationMessage, str]] = {}
         self._open: Transaction | None = None
         self._ordinal = 0
 
@@ -157,8 +163,7 @@ class Assembler:
             case Commit() as commit:
                 self._commit(commit)
             case RelationMessage() as relation:
-                wanted = f"{relation.schema}.{relation.table}" in self._tables
-                self._relations[relation.id] = relation if wanted else None
+                self._relations[relation.id] = relation, f"{relation.schema}.{relation.table}"
             case Truncate() as truncate:
                 self._ordinal += 1
                 for oid in truncate.relation_ids:
@@ -192,10 +197,12 @@ class Assembler:
             self.ready_bytes += transaction.size
 
     def _relation(self, oid: int) -> RelationMessage | None:
+        """The description of a table that is wanted."""
         try:
-            return self._relations[oid]
+            relation, name = self._relations[oid]
         except KeyError:
             raise PgoutputError(f"a row of table {oid}, which was not described") from None
+        return relation if name in self._tables or name in self._references() else None
 
     def _row(self, data: bytes) -> None:
         self._ordinal += 1

@@ -1,6 +1,6 @@
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from realtime_bridge.auth import Verifier, require_claims
 from realtime_bridge.change import Column, Relation
+from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.rest import problems
 from realtime_bridge.rest.posts import POSITION_HEADER, posts_router
@@ -37,7 +38,11 @@ def client(app: FastAPI, sub: str | None = None, role: str = "authenticated", **
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bridge", headers=headers)
 
 
-def application(database: Database, position: Callable[[], str] = lambda: "test-1") -> FastAPI:
+async def anywhere(claims: Claims) -> str:
+    return "test-1"
+
+
+def application(database: Database, position: Callable[[Claims], Awaitable[str]] = anywhere) -> FastAPI:
     """A stranger's application: it includes the router, and knows nothing of our errors."""
     app = FastAPI()
     app.include_router(posts_router(lambda: database, require_claims(Verifier(secret=SECRET)), position), prefix="/api")
@@ -161,7 +166,7 @@ async def test_a_token_in_the_address_does_not_reach_the_link_header(database: s
     async with Database(as_login(database)) as opened:
         app = FastAPI()
         dependency = require_claims(Verifier(secret=SECRET), token_in_query=True)
-        app.include_router(posts_router(lambda: opened, dependency, lambda: "test-1"), prefix="/api")
+        app.include_router(posts_router(lambda: opened, dependency, anywhere), prefix="/api")
         async with client(app, ANN) as ann, client(app) as nobody:
             await write(ann, "one")
             await write(ann, "two")
@@ -174,7 +179,7 @@ async def test_reads_carry_the_position_from_before_their_snapshot(database: str
     async with Database(as_login(database)) as opened:
         positions: list[str] = []
 
-        def position() -> str:
+        async def position(_: Claims) -> str:
             """Every call sees another write; it must be in the answer if the position is older than the snapshot."""
             with psycopg.connect(database, autocommit=True) as admin:
                 admin.execute("insert into public.posts (user_id, title) values (%s, 'x')", [ANN])
@@ -214,7 +219,7 @@ async def test_a_role_that_verification_lets_through_is_still_bound_by_the_login
     async with Database(as_login(database)) as opened:
         app = FastAPI()
         careless = require_claims(Verifier(secret=SECRET, roles=["postgres", "none"]))
-        app.include_router(posts_router(lambda: opened, careless, lambda: "test-1"), prefix="/api")
+        app.include_router(posts_router(lambda: opened, careless, anywhere), prefix="/api")
         for role in ("postgres", "none"):
             async with client(app, ANN, role) as http:
                 assert_problem(await http.get("/api/posts"), 403)

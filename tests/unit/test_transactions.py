@@ -112,6 +112,18 @@ def test_rows_of_other_tables_count_but_are_not_kept() -> None:
     assert told(built(transaction)) == ["catalog", "INSERT 2", "INSERT 4"]
 
 
+def test_tables_that_policies_refer_to_are_gathered_from_when_they_do() -> None:
+    references: set[str] = set()
+    assembler = Assembler(TABLES, after=START, transaction_rows=100, references=lambda: references)
+    for message in (begin(100), *DESCRIPTIONS, insert("1", NOTES), commit(100)):
+        assembler.feed(message)
+    assert not assembler.ready
+    references.add("public.notes")
+    for message in (begin(200), insert("2", NOTES), insert("3"), commit(200)):
+        assembler.feed(message)
+    assert told(built(assembler.take())) == ["catalog", "INSERT 2", "catalog", "INSERT 3"]
+
+
 def test_a_transaction_about_other_tables_only_moves_the_reach() -> None:
     assembler = assembled([begin(100), *DESCRIPTIONS, insert("1", NOTES), commit(100)])
     assert not assembler.ready

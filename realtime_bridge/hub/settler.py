@@ -1,0 +1,110 @@
+"""Learns what must be known of members before anything is decided for their readers.
+
+A reader whose member is pending waits here, and all that wait are asked about at once. What a member sees by what was
+learned is then compared with what the broker remembers of the user, whichever process served it last: so a reader that
+comes from a time when the user saw otherwise is told so.
+
+Layer: core. May import: words, broker.base, policy.base, hub.standing.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Final
+
+from realtime_bridge.broker.base import SIGHT_SECONDS, Broker, Sight
+from realtime_bridge.claims import Claims
+from realtime_bridge.errors import BrokerError
+from realtime_bridge.hub.standing import Standing
+from realtime_bridge.policy.base import Member, Seen
+
+logger = logging.getLogger(__name__)
+
+MOST_AT_ONCE: Final = 500
+"""Members asked about together."""
+REMIND_SECONDS: Final = SIGHT_SECONDS * 0.4
+"""So often the broker is told again of what present members see."""
+_RETRY_SECONDS: Final = 0.5
+
+
+class Settler:
+    """Settles members: loads them, and learns since when they see what they see."""
+
+    def __init__(self, standing: Standing, broker: Broker) -> None:
+        self._standing = standing
+        self._broker = broker
+        self._waiting: dict[Member, asyncio.Future[None]] = {}
+        self._news = asyncio.Event()
+
+    def is_settled(self, member: Member) -> bool:
+        """Whether its readers may be served now."""
+        return not member.pending and member not in self._waiting
+
+    def settle(self, member: Member) -> asyncio.Future[None]:
+        """Have a member settled; the future is done once it was. It may be in doubt again by then."""
+        future = self._waiting.get(member)
+        if future is None:
+            future = self._waiting[member] = asyncio.get_running_loop().create_future()
+            self._news.set()
+        return future
+
+    async def work(self) -> None:
+        """Settle whoever waits, for ever."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._waiting:
+                await self._settle(list(islice(self._waiting, MOST_AT_ONCE)))
+
+    async def remind(self) -> None:
+        """Tell the broker again of what present members see, from time to time, for ever."""
+        while True:
+            await asyncio.sleep(REMIND_SECONDS)
+            present = {connection.member for connection in self._standing.connections}
+            settled = iter([member for member in present if self.is_settled(member)])
+            while members := list(islice(settled, MOST_AT_ONCE)):
+                try:
+                    await self._recall(members)
+                except BrokerError:
+                    break
+
+    async def _settle(self, members: Sequence[Member]) -> None:
+        await self._standing.policy.load(members)
+        known = [member for member in members if not member.pending]
+        try:
+            await self._recall(known)
+        except BrokerError:  # until it answers, nobody knows whether their copies are right
+            await asyncio.sleep(_RETRY_SECONDS)
+            return
+        for member in known:
+            future = self._waiting.pop(member)
+            if not future.done():
+                future.set_result(None)
+
+    async def _recall(self, members: Iterable[Member]) -> None:
+        """Raises `BrokerError`."""
+        policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
+        known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
+        found = await self._broker.recall([_sight(*what, number) for what in known])
+        for (member, table, digest, doubt), since in zip(known, found, strict=True):
+            member.sights[table] = Seen(digest, since)
+            if doubt and member.doubts.get(table) == doubt and not member.pending:
+                del member.doubts[table]
+                member.confirmed.add(table)
+
+
+def user_of(claims: Claims) -> str:
+    """The word by which the broker knows a user: the same for all its tokens of a role."""
+    return f"{claims.role}:{claims.user}"
+
+
+def _sight(member: Member, table: str, digest: str, doubt: int, number: int) -> Sight:
+    """What a member sees of a table.
+
+    Where an entry has put it in doubt, a change is that entry's. Where that entry changed nothing, what it told may
+    have been known here before, read at some time before it came: unless that was read because of an entry, too.
+    """
+    least = 0 if table in member.confirmed else doubt
+    before = member.sights[table].digest if doubt and table in member.sights else ""
+    return Sight(user_of(member.claims), table, digest, number, doubt or number + 1, least, before)

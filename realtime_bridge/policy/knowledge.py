@@ -1,0 +1,294 @@
+"""What is known of members and rows by asking Postgres, and for how long.
+
+Facts of members are asked for when they come, all that wait at once; conditions over rows when a row is decided, all
+rows and members at once. What was answered holds until a change that it rests on is met in the history, or, where
+nobody can follow what it rests on, for a time.
+
+Layer: adapters. May import: words, policy.*.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Protocol
+
+from realtime_bridge.change import ABSENT, Body, Change, Control
+from realtime_bridge.claims import Claims
+from realtime_bridge.errors import BridgeError
+from realtime_bridge.policy.base import Member
+from realtime_bridge.policy.compiler import ColumnType
+from realtime_bridge.policy.decision import Surveying
+from realtime_bridge.policy.expression import Asked, Claim, Query
+from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
+from realtime_bridge.policy.index import AudienceIndex, Question
+from realtime_bridge.policy.members import Members
+from realtime_bridge.policy.predicate import Failed, Memo, Truth
+from realtime_bridge.policy.references import (
+    Dependency,
+    Kind,
+    Reference,
+    asked_by_table,
+    is_concerned,
+    references_of,
+    users_mentioned,
+    users_named,
+)
+from realtime_bridge.policy.table import Table
+
+logger = logging.getLogger(__name__)
+
+NEW_SECONDS: Final = 3.0
+"""A table that policies have only begun to refer to is not followed for so long: other processes, the one that reads
+the source among them, may not know of it yet."""
+_NO_TIME: Final = "57014"
+_NO_CLAIMS_BUT: Final = frozenset({"auth.uid", "auth.role", "auth.email"})
+"""What reads no claim that differs from token to token."""
+
+
+class Asking(Surveying, Protocol):
+    """Asks Postgres about users and rows, as `policy.asking` does. Everything may raise `DatabaseError`."""
+
+    async def facts(self, users: Sequence[Claims], queries: Sequence[Query]) -> Sequence[Mapping[str, object]]:
+        """What every query is for every user, by the queries' SQL."""
+        ...
+
+    async def answers(
+        self, columns: Mapping[str, Mapping[str, ColumnType]], questions: Sequence[Question]
+    ) -> Sequence[Truth | Failed]:
+        """What each condition is for its row, and for its member if it has one."""
+        ...
+
+
+class Knowledge:
+    """Knows what was asked, and what a change puts in doubt.
+
+    Attributes:
+        asked: questions put to Postgres about rows.
+        failed: facts and conditions that Postgres failed to evaluate for somebody, who sees nothing by them.
+        claims_kept: claims of `PER_TOKEN` that policies may read, and so tell members apart.
+        references: tables whose changes have to come through the history.
+        followed: tables whose changes do.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Table],
+        members: Members,
+        asking: Asking | None,
+        fact_seconds: float,
+    ) -> None:
+        self.asked = self.failed = 0
+        self.claims_kept: frozenset[str] = frozenset()
+        self.references: frozenset[str] = frozenset()
+        self.followed: frozenset[str] = frozenset()
+        self._tables = tables
+        self._members = members
+        self._asking = asking
+        self._seconds = fact_seconds
+        self._known_since: dict[str, float] = {}
+        self._claims: frozenset[Claim] = frozenset()
+        self._queries: Mapping[str, Sequence[Query]] = {}
+        self._query_tables: frozenset[str] = frozenset()
+        self._dependencies: Mapping[Query | Asked, Dependency] = {}
+        self._references: Mapping[str, Sequence[Reference]] = {}
+        self._asked_by_table: Mapping[str, Sequence[Asked]] = {}
+        self._learning: dict[Member, object] = {}
+        self._unlearned: set[Member] = set()
+        self._answers_end: dict[str, float] = {}
+        self._answers_age: dict[str, int] = defaultdict(int)
+
+    # -- what there is to know
+
+    def survey(self) -> None:
+        """Take in what the tables' policies rest on; called whenever they have changed."""
+        uses: dict[Query, set[str]] = defaultdict(set)
+        asked: dict[Asked, None] = {}
+        claims: set[Claim] = set()
+        for table in self._tables.values():
+            for fact in table.facts:
+                if isinstance(fact, Claim):
+                    claims.add(fact)
+                else:
+                    uses[fact].add(table.name)
+            asked.update(dict.fromkeys(table.asked))
+        wanted: list[Query | Asked] = [*uses, *asked]
+        decisions = (table.decision for table in self._tables.values())
+        self._dependencies = {w: d for decision in decisions if decision for w, d in decision.dependencies.items()}
+        self._claims = frozenset(claims)
+        self._queries = self._queries_by_role()
+        self._query_tables = frozenset().union(*uses.values())
+        self._references = references_of(
+            {query: (frozenset(tables), self._dependencies[query]) for query, tables in uses.items()}
+        )
+        self._asked_by_table = asked_by_table({one: self._dependencies[one] for one in asked})
+        self.references = frozenset(self._references) | frozenset(self._asked_by_table)
+        now = time.monotonic()
+        self._known_since = {table: self._known_since.get(table, now) for table in self.references}
+        self.claims_kept = PER_TOKEN if any(map(_may_read_any_claim, wanted)) else PER_TOKEN & claims_read(claims)
+
+    def _queries_by_role(self) -> dict[str, Sequence[Query]]:
+        found: dict[str, dict[Query, None]] = defaultdict(dict)
+        for table in self._tables.values():
+            for role, predicate in ({} if table.decision is None else table.decision.predicates).items():
+                found[role].update((fact, None) for fact in predicate.facts if isinstance(fact, Query))
+        return {role: sorted(queries, key=lambda query: query.sql) for role, queries in found.items()}
+
+    def _is_tracked(self, what: Query | Asked) -> bool:
+        """Whether a change in the history tells when an answer stops to hold, or nothing can make it."""
+        dependency = self._dependencies[what]
+        now = time.monotonic()
+        return dependency.kind is Kind.CLAIMS or (
+            dependency.kind is Kind.TRACKED
+            and all(t in self.followed and now - self._known_since[t] > NEW_SECONDS for t in dependency.tables)
+        )
+
+    # -- members
+
+    async def learn(self, members: Sequence[Member]) -> list[Member]:
+        """Learn the facts of members; returns those of whom nothing has come into doubt meanwhile.
+
+        What Postgres cannot be asked now is ABSENT, and the member `is_unlearned`.
+        """
+        marks = {member: object() for member in members}
+        self._learning.update(marks)
+        by_role: dict[str, list[Member]] = defaultdict(list)
+        for member in members:
+            by_role[member.claims.role].append(member)
+        learned: list[Member] = []
+        for role, alike in by_role.items():
+            learned += await self._learn(alike, self._queries.get(role, ()), marks)
+        return learned
+
+    async def _learn(
+        self, members: Sequence[Member], queries: Sequence[Query], marks: Mapping[Member, object]
+    ) -> list[Member]:
+        learned: list[Member] = []
+        found = await self._ask(members, queries) if queries else [{} for _ in members]
+        expires = not all(map(self._is_tracked, queries))
+        for member, facts in zip(members, found, strict=True):
+            if self._learning.get(member) is not marks[member]:
+                continue
+            del self._learning[member]
+            answers = {name: value for name, value in member.facts.items() if isinstance(value, Memo)}
+            member.facts = {**answers, **read_facts(self._claims, member.claims.values), **facts}
+            self.failed += sum(isinstance(value, Failed) for value in facts.values())
+            if any(value is ABSENT or _is_late(value) for value in facts.values()):
+                self._unlearned.add(member)
+            elif expires:
+                self._members.expire(member, self._seconds)
+            learned.append(member)
+        return learned
+
+    async def _ask(self, members: Sequence[Member], queries: Sequence[Query]) -> Sequence[Mapping[str, object]]:
+        assert self._asking is not None, "queries come from where Postgres can be asked"
+        try:
+            return await self._asking.facts([member.claims for member in members], queries)
+        except BridgeError as error:
+            logger.warning("facts of users cannot be read", extra={"reason": error.detail, "users": len(members)})
+        return [{query.sql: ABSENT for query in queries} for _ in members]
+
+    def forget(self, member: Member) -> None:
+        """What is known of a member, or being learned, holds no more."""
+        self._learning.pop(member, None)
+        self._unlearned.discard(member)
+
+    def is_unlearned(self, member: Member, table: str) -> bool:
+        """Whether facts of a member that decide a table could not be read when it was loaded."""
+        return member in self._unlearned and table in self._query_tables
+
+    # -- what a change puts in doubt
+
+    def is_touched_by(self, body: Body) -> bool:
+        """Whether `doubts` has to be asked before what follows a body is decided."""
+        if isinstance(body, Control):
+            return body.kind == "resync" and bool(
+                self.references if body.table == "*" else {body.table} & self.references
+            )
+        table = body.relation.name
+        return table in self.references or (
+            table in self._query_tables and bool(self._unlearned or self._members.expiring)
+        )
+
+    def doubts(self, body: Body) -> dict[Member, set[str]]:
+        """Whose facts hold no more by a body, or have ended by now, each with the tables where it has changed them."""
+        found: dict[Member, set[str]] = defaultdict(set)
+        if isinstance(body, Control):
+            for table in self.references if body.table == "*" else (body.table,):
+                self._doubt_all(table, found)
+            return found
+        table = body.relation.name
+        for reference in self._references.get(table, ()):
+            if is_concerned(reference, body):
+                for member in self._concerned(reference, body):
+                    found[member] |= reference.tables
+        for asked in self._asked_by_table.get(table, ()):
+            self._drop_answers(asked)
+            for member in self._members.named(users_mentioned(body)):
+                found[member].add(asked.table)
+                member.confirmed.discard(asked.table)
+        if table in self._query_tables:
+            for member in (*self._members.expired(), *self._unlearned):
+                found.setdefault(member, set())  # in doubt, though by no entry
+        return found
+
+    def _doubt_all(self, table: str, found: dict[Member, set[str]]) -> None:
+        for reference in self._references.get(table, ()):
+            for member in self._members:
+                found[member] |= reference.tables
+        for asked in self._asked_by_table.get(table, ()):
+            self._drop_answers(asked)
+
+    def _concerned(self, reference: Reference, change: Change) -> Iterable[Member]:
+        named = None if reference.key is None else users_named(change, reference.key)
+        return self._members if named is None else self._members.named(named)
+
+    # -- conditions over rows
+
+    def expire_answers(self, table: Table) -> None:
+        """Drop the answers about a table's rows that hold no more by now."""
+        now = time.monotonic()
+        for asked in table.asked:
+            if self._is_tracked(asked):
+                continue
+            if self._dependencies[asked].kind is Kind.VOLATILE or now >= self._answers_end.get(asked.name, 0.0):
+                self._answers_end[asked.name] = now + self._seconds
+                self._drop_answers(asked)
+
+    def _drop_answers(self, asked: Asked) -> None:
+        self._answers_age[asked.name] += 1
+        owners: Iterable[Mapping[str, object]] = (
+            (member.facts for member in self._members)
+            if asked.of_user
+            else (index.shared for index in self._tables[asked.table].indexes)
+        )
+        for owner in owners:
+            memo = owner.get(asked.name)
+            if isinstance(memo, Memo):
+                memo.answers.clear()
+
+    async def answer(self, questions: Sequence[tuple[AudienceIndex, Question]]) -> bool:
+        """Have Postgres answer questions; whether it has answered any."""
+        assert self._asking is not None, "questions come from where Postgres can be asked"
+        columns = {table.name: table.decision.types for table in self._tables.values() if table.decision is not None}
+        ages = {question.asked.name: self._answers_age[question.asked.name] for _, question in questions}
+        try:
+            truths = await self._asking.answers(columns, [question for _, question in questions])
+        except BridgeError as error:
+            logger.warning("rows cannot be decided", extra={"reason": error.detail})
+            return False
+        self.asked += len(questions)
+        for (index, question), truth in zip(questions, truths, strict=True):
+            self.failed += isinstance(truth, Failed)
+            if self._answers_age[question.asked.name] == ages[question.asked.name] and not _is_late(truth):
+                index.answer(question, truth)
+        return True
+
+
+def _is_late(answer: object) -> bool:
+    """Whether there was no time for an answer: then it is not known, which is something else than that it failed."""
+    return isinstance(answer, Failed) and answer.state == _NO_TIME
+
+
+def _may_read_any_claim(what: Query | Asked) -> bool:
+    return any(name not in _NO_CLAIMS_BUT and not name.startswith("pg_catalog.") for name in what.reads.functions)
