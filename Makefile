@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Many tests wait, so several processes share them: ARGS="-n0 …" runs in one, as does pytest by itself.
 PYTEST := $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test browser check lint types format unit integration bench build clean
+.PHONY: demo test browser check lint types format unit integration fuzz bench build clean
 
 demo: $(READY)
 	@exec $(BIN)/realtime-bridge dev $(ARGS)
@@ -33,6 +33,10 @@ unit: $(READY)
 
 integration: $(READY)
 	$(PYTEST) tests/integration tests/faults $(ARGS)
+
+# The differential test of the policies with new seeds, for ten minutes: make fuzz ARGS='--minutes 60'.
+fuzz: $(READY)
+	$(BIN)/python -m tests.differential $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)
