@@ -464,7 +464,7 @@ def test_every_command_in_the_documents_exists() -> None:
         text = path.read_text()
         blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) + re.findall(r"`([^`\n]+)`", text))
         for line in blocks.splitlines():
-            for command in re.findall(r"(?:^|[\s(])realtime-bridge ((?:[a-z-]+)(?: [^#|&;)…]*)?)", line):
+            for command in re.findall(r"(?:^|[\s(])realtime-bridge ((?:[a-z-]+)(?: [^#|&;)…>]*)?)", line):
                 _parse(command.split())
             for target in re.findall(r"^make ([a-z]+)", line):
                 assert target in targets, f"{path.name}: make {target}"
