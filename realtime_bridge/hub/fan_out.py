@@ -66,6 +66,7 @@ class FanOut:
                 self._fall_behind(subscription, number - 1)
             before, connection.member = connection.member, standing.policy.join(connection.claims)
             standing.policy.leave(before)
+            connection.member.sights = before.sights | connection.member.sights  # what it saw until now
             connection.member.doubts.update(dict.fromkeys(changed, number))
             await breath.take()
 

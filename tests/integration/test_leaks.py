@@ -262,7 +262,7 @@ async def test_an_old_row_is_told_to_those_alone_who_could_see_it(way: Way) -> N
         assert "of bob" not in json.dumps(for_ada)
         assert 7 not in [m.get("old_record", {}).get("id") for m in for_bob]
         assert 8 not in [m.get("old_record", {}).get("id") for m in for_ada]
-        assert way.tells_old_rows or [m["type"] for m in (*for_ada, *for_bob)] == ["resync", "resync"]
+        assert way.tells_old_rows or {m["type"] for m in (*for_ada, *for_bob)} == {"resync"}
 
 
 async def test_a_filter_is_no_oracle_on_rows_that_its_reader_could_not_see(way: Way) -> None:

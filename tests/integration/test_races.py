@@ -3,6 +3,7 @@
 A user may be shown an image on a right that came after it, never on one that had ended before it.
 """
 
+import json
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -78,7 +79,8 @@ class Copy:
             async with admin.transaction():
                 await admin.execute("select set_config('request.jwt.claim.sub', $1, true)", self.user)
                 await admin.execute("set local role authenticated")
-                return {row["id"]: dict(row) for row in await admin.fetch(f"select * from {self.table}")}
+                rows = await admin.fetch(f"select id, row_to_json(t)::text as row from {self.table} t")
+                return {row["id"]: json.loads(row["row"]) for row in rows}
         except asyncpg.InsufficientPrivilegeError:
             return {}
 
