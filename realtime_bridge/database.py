@@ -32,11 +32,20 @@ _POOLER_PORT: Final = ":6543"
 _FOREIGN_PARAMETERS: Final = frozenset({"pgbouncer", "connection_limit", "pool_timeout", "supa"})
 """Parameters that Prisma and Vercel put into addresses; Postgres would be sent them as settings and refuse."""
 
-_BEGIN: Final = """
+PINNED: Final[Mapping[str, str]] = {
+    "TimeZone": "UTC",
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+}
+"""Settings on which the text of values depends: texts are compared, so all that read or bring any have the same."""
+
+_BEGIN: Final = f"""
 select pg_catalog.set_config('search_path', $1, true),
        pg_catalog.set_config('statement_timeout', $2, true),
        pg_catalog.set_config('row_security', 'on', true),
-       pg_catalog.set_config('TimeZone', 'UTC', true),
+       {", ".join(f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in PINNED.items())},
        pg_catalog.set_config('request.jwt.claims', $3, true),
        pg_catalog.set_config('request.jwt.claim', $3, true),
        pg_catalog.set_config('request.jwt.claim.sub', $4, true),
@@ -45,8 +54,11 @@ select pg_catalog.set_config('search_path', $1, true),
        pg_catalog.set_config('role', $7, true)
 """
 _OWN_SEARCH_PATH: Final = "pg_catalog, pg_temp"
-_CALLER_SEARCH_PATH: Final = "public, extensions, pg_temp"
-_LOGIN_ROLE: Final = "none"
+CALLER_SEARCH_PATH: Final = "public, extensions, pg_temp"
+"""Where functions look for names without a schema, as they would where PostgREST calls them."""
+
+LOGIN_ROLE: Final = "none"
+"""Not the name of a role: Postgres' word for going back to that of the login."""
 
 _PRIMARY_KEY: Final = """
 select a.attname
@@ -133,7 +145,7 @@ class Database:
             BadRequestError: Postgres refused a value.
             DatabaseError: Postgres cannot be reached, is too slow, or refuses for another reason.
         """
-        settings = (_OWN_SEARCH_PATH, self._milliseconds, "", "", "", "", _LOGIN_ROLE)
+        settings = (_OWN_SEARCH_PATH, self._milliseconds, "", "", "", "", LOGIN_ROLE)
         async with self._begin(settings, readonly=readonly) as connection:
             yield connection
 
@@ -141,23 +153,17 @@ class Database:
     async def transaction_as(self, claims: Claims, *, readonly: bool = False) -> AsyncIterator[Connection]:
         """A transaction as the caller: row-level security decides what it sees and does.
 
-        The claims are set in both ways that the auth functions of one year or another read: as one JSON, and each
-        by itself, which wins over the JSON and so must never be left to whoever set it last.
-
         Raises (also for what the block raises):
             ForbiddenError: the role is none the login role may take, or may not do that.
             BadRequestError: Postgres refused a value, one of the claims perhaps.
             DatabaseError: Postgres cannot be reached, is too slow, or refuses for another reason.
         """
-        if claims.role == _LOGIN_ROLE:  # which to Postgres means: back to the login role
+        if claims.role == LOGIN_ROLE:  # which to Postgres means: back to the login role
             raise ForbiddenError("the role may not be used")
         settings = (
-            _CALLER_SEARCH_PATH,
+            CALLER_SEARCH_PATH,
             self._milliseconds,
-            claims.encoded,
-            _text(claims.values, "sub"),
-            _text(claims.values, "role"),
-            _text(claims.values, "email"),
+            *claim_settings(claims),
             claims.role,
         )
         async with self._begin(settings, readonly=readonly) as connection:
@@ -231,10 +237,19 @@ async def _take_role(connection: Connection, settings: tuple[str, ...]) -> None:
         raise ForbiddenError("the role may not be used: Postgres does not let the login role take it") from error
 
 
-def _text(values: Mapping[str, Any], name: str) -> str:
-    """A claim as the auth functions read it by itself; empty means: look into the JSON."""
-    value = values.get(name)
-    return value if isinstance(value, str) else ""
+def claim_settings(claims: Claims) -> tuple[str, str, str, str]:
+    """What the settings of a caller are set to: all claims as one JSON, then `sub`, `role` and `email`.
+
+    The auth functions of one year or another read them in one way or the other. A claim by itself wins over the JSON,
+    and so must never be left to whoever set it last; where it is empty, the JSON is looked into.
+
+    Raises:
+        TypeError: the claims hold what JSON cannot.
+    """
+    names = ("sub", "role", "email")
+    values = (claims.values.get(name) for name in names)
+    sub, role, email = (value if isinstance(value, str) else "" for value in values)
+    return claims.encoded, sub, role, email
 
 
 # -- poolers -----------------------------------------------------------------------------------------------------------

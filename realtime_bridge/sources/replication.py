@@ -3,7 +3,7 @@
 asyncpg cannot speak CopyBoth, so this is psycopg 3 at the level of `PGconn`. A timer keeps the server informed while
 the reader is busy elsewhere, so that a slow broker does not end the stream.
 
-Layer: adapters. May import: words, pgoutput, sources.transactions.
+Layer: adapters. May import: words, database, pgoutput, sources.transactions.
 Sources: PostgreSQL documentation, "Streaming Replication Protocol"; libpq "Functions Associated with the COPY Command".
 """
 
@@ -18,18 +18,10 @@ from psycopg import AsyncClientCursor, AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import ExecStatus
 
+from realtime_bridge.database import PINNED
 from realtime_bridge.errors import SourceError
 from realtime_bridge.pgoutput import POSTGRES_EPOCH
 from realtime_bridge.sources.transactions import lsn_text, parse_lsn
-
-PINNED: Final = {
-    "TimeZone": "UTC",
-    "DateStyle": "ISO",
-    "IntervalStyle": "postgres",
-    "bytea_output": "hex",
-    "extra_float_digits": "1",
-}
-"""Settings on which the text of values depends."""
 
 CONNECT_SECONDS: Final = 10
 _STATUS_SECONDS: Final = 2.0

@@ -206,6 +206,25 @@ async def test_what_others_left_on_a_poolers_connection_is_overruled(pooled: str
     await other.close()
 
 
+_TEXTS = """select ('2026-07-01 12:00+00'::timestamptz)::text, ('1 day 2 hours'::interval)::text,
+                   ('\\x00ff'::bytea)::text, (0.1::float8 + 0.2::float8)::text"""
+
+
+async def test_values_are_written_as_changes_bring_them_whatever_others_set(pooled: str) -> None:
+    other = await asyncpg.connect(pooled, statement_cache_size=0)
+    await other.execute(
+        "set timezone = 'Asia/Tokyo'; set datestyle = 'SQL, DMY'; set intervalstyle = 'iso_8601';"
+        "set bytea_output = 'escape'; set extra_float_digits = -9"
+    )
+    expected = ("2026-07-01 12:00:00+00", "1 day 02:00:00", "\\x00ff", "0.30000000000000004")
+    async with Database(pooled) as opened:
+        async with opened.transaction() as connection:
+            assert tuple(await connection.fetchrow(_TEXTS) or ()) == expected
+        async with opened.transaction_as(claims(ANN)) as connection:
+            assert tuple(await connection.fetchrow(_TEXTS) or ()) == expected
+    await other.close()
+
+
 async def test_auth_functions_of_another_year_see_the_same_claims(database: str, dsn: str) -> None:
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from realtime_bridge.database import PINNED
 from realtime_bridge.dev.engines import EmbeddedPostgres
-from realtime_bridge.sources.replication import PINNED
 from realtime_bridge.values import encode_value
 
 pytestmark = pytest.mark.integration
