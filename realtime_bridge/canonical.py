@@ -85,6 +85,33 @@ def family(type_name: str) -> str | None:
     return type_name if type_name in _READERS else None
 
 
+def array_elements(text: str) -> list[str | None]:
+    """The elements of an array's text, of all its dimensions; None is NULL.
+
+    Raises:
+        ValueError: Postgres writes no array so.
+    """
+    body = _BOUNDS.sub("", text, count=1)
+    tokens = list(_ARRAY_TOKEN.finditer(body))
+    if not (body.startswith("{") and body.endswith("}")) or sum(len(token[0]) for token in tokens) != len(body):
+        raise ValueError("not an array")
+    return [_element(token) for token in tokens if token["structure"] is None]
+
+
+def _element(token: re.Match[str]) -> str | None:
+    quoted = token["quoted"]
+    if quoted is not None:
+        return _ESCAPED.sub(r"\1", quoted)
+    return None if token["bare"] == "NULL" else token["bare"]
+
+
+_BOUNDS: Final = re.compile(r"\A(?:\[-?[0-9]+:-?[0-9]+\])+=")
+_ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
+_ARRAY_TOKEN: Final = re.compile(
+    r'"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<bare>[^{},"\\ \t\n\v\f\r]+)|(?P<structure>[{},])', re.DOTALL
+)
+
+
 def _uuid(text: str) -> str:
     match = _UUID.fullmatch(text)
     if match is None:

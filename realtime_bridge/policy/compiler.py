@@ -10,7 +10,7 @@ Layer: pure. May import: canonical, policy.expression, policy.predicate.
 Sources: parse_oper.c and parse_coerce.c (which types compare, and as what).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import reduce
 from typing import Final, NamedTuple, TypeAlias
@@ -18,17 +18,23 @@ from typing import Final, NamedTuple, TypeAlias
 from realtime_bridge.canonical import TEXT_TYPES, canonical, cast, family, is_castable, keeps_text
 from realtime_bridge.policy.expression import (
     And,
+    Asked,
+    Claim,
     Column,
     Constant,
     Equal,
     Expression,
-    Fact,
+    Has,
     Is,
     IsNull,
+    Leaf,
     Not,
     Operand,
     Or,
+    Ordered,
+    Query,
     UnsupportedExpression,
+    Within,
     facts_of,
 )
 from realtime_bridge.policy.predicate import (
@@ -36,8 +42,12 @@ from realtime_bridge.policy.predicate import (
     ANY_TRUTH,
     NEVER,
     TRUE_ONLY,
+    Among,
+    Answer,
     Atom,
     Dnf,
+    Holds,
+    Less,
     Missing,
     OneOf,
     Predicate,
@@ -51,6 +61,8 @@ from realtime_bridge.policy.predicate import (
     either,
     literal_of,
 )
+
+_NO_TYPES: Final[Mapping[str, str | None]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +87,26 @@ class ColumnType:
         return self.name if self.schema == "pg_catalog" else f"{self.schema}.{self.name}"
 
 
-def compile_expression(expression: Expression, columns: Mapping[str, ColumnType]) -> Predicate:
+def compile_expression(
+    expression: Expression,
+    columns: Mapping[str, ColumnType],
+    types: Mapping[str, str | None] = _NO_TYPES,
+    *,
+    hidden: Set[str] = frozenset(),
+) -> Predicate:
     """Type an expression over a table's columns and normalise "it is TRUE".
 
+    Args:
+        expression: what was read, over a table of these columns.
+        columns: name → type, of all that changes bring.
+        types: `Query.sql` → its type as `ColumnType.written` has it, the elements' if it is many, the base type of a
+            domain. Where it is None or missing, or of a collation that is not deterministic, Postgres is asked about
+            the row instead.
+        hidden: the table's other columns, which no change brings.
+
     Raises:
-        UnsupportedExpression: a column is unknown, types do not compare by their texts, or there are too many
-            alternatives.
+        UnsupportedExpression: a column is unknown, types do not compare by their texts and Postgres cannot be asked,
+            or there are too many alternatives.
     """
     return Predicate(_Compiler(columns).want(expression, TRUE_ONLY), facts_of(expression))
 
@@ -112,6 +138,10 @@ class _Compiler:
             case And() | Or():
                 return self._want_junction(expression, wanted)
             case OneOf() | Same() | Missing():
+                return literal_of(expression, wanted)
+            case Ordered() | Within() | Has() | Leaf() | Asked() | Query():
+                raise UnsupportedExpression("not yet")
+            case Less() | Among() | Holds() | Answer():
                 return literal_of(expression, wanted)
         atom = self._atom(expression)
         if isinstance(atom, OneOf | Same | Missing):
@@ -196,8 +226,10 @@ class _Compiler:
         match operand:
             case Column():
                 return self._typed_column(operand)
-            case Fact():
+            case Claim():
                 return self._typed_fact(operand)
+            case Query():
+                raise UnsupportedExpression("not yet")
             case Constant(text, own, casts):
                 typed = reduce(self._cast, [own, *casts] if own else casts, _Typed(None, text, None))
                 return self._cast(typed, or_else) if typed.type is None and or_else else typed
@@ -215,7 +247,7 @@ class _Compiler:
             type_name = target
         return _Typed(RowTerm(column.name), None, type_name)
 
-    def _typed_fact(self, fact: Fact) -> _Typed:
+    def _typed_fact(self, fact: Claim) -> _Typed:
         type_name = fact.type
         for target in fact.casts:
             if not is_castable(type_name, target):

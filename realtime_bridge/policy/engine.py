@@ -19,10 +19,11 @@ from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
 from realtime_bridge.policy.catalog import Catalog, CatalogPolicy, CatalogTable
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
-from realtime_bridge.policy.expression import Expression, Fact, UnsupportedExpression, facts_of, parse_expression
+from realtime_bridge.policy.expression import Claim, Expression, Fact, UnsupportedExpression, facts_of
 from realtime_bridge.policy.facts import PER_TOKEN, claims_read, identity, read_facts
 from realtime_bridge.policy.index import AudienceIndex, Seen
 from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
+from realtime_bridge.policy.reading import parse_expression
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class PolicyEngine:
         return None if refusal is None else refusal.reason
 
     def _add(self, member: Member, index: AudienceIndex) -> None:
-        news = [fact for fact in index.facts if fact.sql not in member.facts]
+        news = [fact for fact in index.facts if isinstance(fact, Claim) and fact.sql not in member.facts]
         member.facts.update(read_facts(news, member.claims.values, hidden=self._hidden[member]))
         index.add(member)
 
@@ -338,7 +339,7 @@ class PolicyEngine:
         for table in self._tables.values():
             facts |= frozenset() if table.rule is None else facts_of(table.rule)
             facts |= frozenset() if table.index is None else table.index.facts
-        return PER_TOKEN & claims_read(facts)
+        return PER_TOKEN & claims_read(fact for fact in facts if isinstance(fact, Claim))
 
 
 _CANNOT_DECIDE: Final = "the policies of {} cannot be decided by this bridge; its log says which part"
@@ -376,7 +377,7 @@ def _combine(policies: Iterable[CatalogPolicy], table: CatalogTable) -> Predicat
             name = policy.name
             predicate = compile_expression(parse_expression(policy.expression or ""), table.columns)
             for fact in predicate.facts:
-                if fact.path[0] not in table.readers:
+                if isinstance(fact, Claim) and fact.path[0] not in table.readers:
                     raise UnsupportedExpression(f"auth.{fact.path[0]}(), which is not Supabase's here")
             (permissive if policy.permissive else restrictive).append(predicate)
         name = ""

@@ -1,28 +1,17 @@
-"""Turns the SQL of a policy into a small tree of the few things that can be decided here.
+"""The words that a policy is taken apart into: the few things that can be decided here, and what Postgres is asked.
 
-Postgres' own grammar reads the text; an allow-list decides what becomes a node. Whatever is not on it (a function, an
-operator, a cast, a sub-select over a table) is named in an `UnsupportedExpression`, never guessed at. Names without a
-schema are those of `pg_catalog`, as `pg_get_expr` writes them under an empty search path.
+An expression falls apart by what its parts depend on. What depends on the user alone is a *fact*: a `Claim`, which the
+token holds, or a `Query`, which only Postgres can answer, as that user. What depends on the row is compared here where
+that can be exact. What is left is an `Asked`: Postgres decides it over the image of the row.
 
 Layer: pure. May import: nothing of ours.
-Sources: ruleutils.c (what pg_get_expr writes); https://github.com/pganalyze/libpg_query (the nodes).
+Sources: Hasura and ElectricSQL split permissions alike, by session variable and by shape.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, TypeAlias
-
-import pg_query
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it ships no types
-
-Node: TypeAlias = Any
-"""A protobuf message of libpg_query."""
-
-_MAX_LENGTH: Final = 65_536
-_MAX_SHOWN: Final = 200
-_BIG_INTEGER: Final = re.compile(r"-?[0-9]+")
+from typing import TypeAlias
 
 
 class UnsupportedExpression(Exception):  # noqa: N818 - not a failure of ours: a part that has to be decided elsewhere
@@ -37,6 +26,75 @@ class UnsupportedExpression(Exception):  # noqa: N818 - not a failure of ours: a
         self.part = part
 
 
+# -- what Postgres is asked --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What the value of a piece of SQL may depend on, as far as its text says: what functions read is not among it.
+
+    Attributes:
+        columns: of the policy's own table.
+        names: written without a table inside a sub-select over tables, and so columns either of one of those or of the
+            policy's own table. pg_get_expr leaves no such name.
+        tables: `schema.table` of every FROM.
+        functions: `schema.name` of whatever is called. SQL's own words are among them (`pg_catalog.current_user`), and
+            operators outside `pg_catalog` (`extensions.=`); a text such as `'today'` counts as `pg_catalog.now`.
+        references: (table, column) read of those tables; (table, `*`) where it may be any column. An UPDATE of such a
+            table that leaves all of these as they are changes nothing.
+    """
+
+    columns: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+    tables: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
+    references: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Query:
+    """A value that depends on the user alone and that only Postgres knows, under the user's role and claims.
+
+    Attributes:
+        sql: one expression; its name in `Member.facts`.
+        many: whether it is an array, and the fact is the set of its elements.
+        keyed_by: (table, column) pairs: of such a table only rows count in which one of its columns here equals
+            `auth.uid()`. So a change of it concerns only users whose `auth.uid()` that column had or has. A table that
+            is read and is not here concerns everybody.
+    """
+
+    sql: str
+    many: bool
+    reads: Reads
+    keyed_by: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A condition that Postgres decides over the image of a row.
+
+    Attributes:
+        sql: a boolean expression; columns of the row are written `column` or, inside sub-selects, `table.column`.
+        table: `schema.table` that the row is of.
+        of_user: whether it may depend on the user too. If not, one answer serves all.
+    """
+
+    sql: str
+    table: str
+    reads: Reads
+    of_user: bool
+
+    @cached_property
+    def name(self) -> str:
+        """What its answers are found by: equal SQL over another table's columns is another question."""
+        return f"{self.table}: {self.sql}"
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the answer depends on, in the order in which questions bring their values."""
+        return tuple(sorted(self.reads.columns))
+
+
 # -- the tree ----------------------------------------------------------------------------------------------------------
 
 
@@ -49,8 +107,8 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Fact:
-    """Something known of the user alone.
+class Claim:
+    """Something that the token says of the user.
 
     Attributes:
         path: `("uid",)`, `("role",)`, `("email",)`, or `("jwt", key, …)`: the claim under these keys, as text.
@@ -67,7 +125,7 @@ class Fact:
 
     @cached_property
     def sql(self) -> str:
-        """The fact as SQL: its name in `Member.facts`."""
+        """The claim as SQL: its name in `Member.facts`."""
         head, *keys = self.path
         quoted = ["'" + key.replace("'", "''") + "'" for key in keys]
         arrows = [" -> "] * (len(keys) - 1) + [" ->> "] * bool(keys)
@@ -75,6 +133,10 @@ class Fact:
         for cast in self.casts:
             text = f"({text})::{cast}"
         return text
+
+
+Fact: TypeAlias = Claim | Query
+"""Something known of the user alone; `sql` is its name in `Member.facts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +154,7 @@ class Constant:
     casts: tuple[str, ...] = ()
 
 
-Operand: TypeAlias = Column | Fact | Constant
+Operand: TypeAlias = Column | Claim | Query | Constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +163,31 @@ class Equal:
 
     left: Operand
     right: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """`left < right`, or `left <= right`."""
+
+    left: Operand
+    right: Operand
+    or_equal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """`operand = ANY (values)`: a column in what a query finds for the user."""
+
+    operand: Column
+    values: Query
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """`element = ANY (array)`: something in an array column."""
+
+    array: Column
+    element: Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,291 +226,43 @@ class Or:
     expressions: tuple["Expression", ...]
 
 
-Expression: TypeAlias = Operand | Equal | IsNull | Is | Not | And | Or
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A condition that may be decided here, if its types allow that, and that Postgres can be asked otherwise.
+
+    Attributes:
+        exact: whether `expression` has every truth value of `asked`. If not, it is TRUE exactly where that is, and
+            does not tell FALSE from NULL.
+    """
+
+    expression: "Expression"
+    asked: Asked
+    exact: bool = True
+
+
+Expression: TypeAlias = Operand | Equal | Ordered | Within | Has | IsNull | Is | Not | And | Or | Leaf | Asked
 """An operand that stands as an expression is a boolean condition."""
 
 
 def facts_of(expression: Expression) -> frozenset[Fact]:
-    """Every fact that an expression reads."""
+    """Every fact that an expression reads if all of it is decided here."""
+    return frozenset(_facts(expression))
+
+
+def queries_of(expression: Expression) -> frozenset[Query]:
+    """The queries among its facts, whose types `compile_expression` needs to know."""
+    return frozenset(fact for fact in _facts(expression) if isinstance(fact, Query))
+
+
+def _facts(expression: Expression) -> Iterator[Fact]:
     match expression:
-        case Fact():
-            return frozenset({expression})
-        case Equal(left, right):
-            return facts_of(left) | facts_of(right)
-        case IsNull(inner) | Is(inner) | Not(inner):
-            return facts_of(inner)
+        case Claim() | Query():
+            yield expression
+        case Equal(left, right) | Ordered(left, right) | Within(left, right) | Has(left, right):
+            yield from _facts(left)
+            yield from _facts(right)
+        case IsNull(inner) | Is(inner) | Not(inner) | Leaf(inner):
+            yield from _facts(inner)
         case And(parts) | Or(parts):
-            return frozenset().union(*map(facts_of, parts))
-    return frozenset()
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def parse_expression(sql: str) -> Expression:
-    """Read a boolean SQL expression.
-
-    Raises:
-        UnsupportedExpression: it is no expression, or a part of it cannot be decided here.
-    """
-    shown = sql[:_MAX_SHOWN].encode(errors="backslashreplace").decode()
-    if len(sql) > _MAX_LENGTH or "\0" in sql:
-        raise UnsupportedExpression(shown)
-    try:
-        tree: Node = pg_query.parse(f"SELECT ({sql}\n)")
-    except pg_query.PgQueryError as error:
-        raise UnsupportedExpression(f"{shown} ({error.message})") from None
-    except (DecodeError, UnicodeError):  # deeper than protobuf reads, or a text or message that is no UTF-8
-        raise UnsupportedExpression(shown) from None
-    value = _only_target(tree.stmts[0].stmt.select_stmt) if len(tree.stmts) == 1 else None
-    if value is None:
-        raise UnsupportedExpression(shown)
-    return _expression(value)
-
-
-def _only_target(select: Node) -> Node | None:
-    """The one value of a SELECT that has nothing else: no FROM, no WHERE, no second column."""
-    names = {field.name for field, _ in select.ListFields()}
-    if not names <= {"target_list", "limit_option", "op"} or len(select.target_list) != 1:
-        return None
-    return select.target_list[0].res_target.val
-
-
-def _unsupported(node: Node) -> UnsupportedExpression:
-    """Name a node as SQL, as well as it can be written."""
-    tree = pg_query.parse("SELECT 1")
-    try:
-        tree.stmts[0].stmt.select_stmt.target_list[0].res_target.val.CopyFrom(node)
-        text = pg_query.deparse(tree).removeprefix("SELECT ")
-    except (pg_query.PgQueryError, TypeError, UnicodeError):  # a node that cannot stand as a value by itself
-        text = node.WhichOneof("node") or "expression"
-    return UnsupportedExpression(text[:_MAX_SHOWN])
-
-
-def _kind(node: Node) -> tuple[str, Node]:
-    kind = node.WhichOneof("node") or ""
-    return kind, getattr(node, kind, None)
-
-
-def _expression(node: Node) -> Expression:
-    kind, inner = _kind(node)
-    reader = _EXPRESSIONS.get(kind)
-    return reader(node, inner) if reader else _operand(node)
-
-
-def _boolean(node: Node, inner: Node) -> Expression:
-    parts = tuple(_expression(argument) for argument in inner.args)
-    if inner.boolop == pg_query.pg_query_pb2.AND_EXPR:
-        return And(parts)
-    if inner.boolop == pg_query.pg_query_pb2.OR_EXPR:
-        return Or(parts)
-    if inner.boolop == pg_query.pg_query_pb2.NOT_EXPR and len(parts) == 1:
-        return Not(parts[0])
-    raise _unsupported(node)
-
-
-def _null_test(node: Node, inner: Node) -> Expression:
-    tested = _expression(inner.arg)
-    test: Expression = IsNull(tested) if isinstance(tested, Column | Fact | Constant) else Is(tested, None)
-    if inner.nulltesttype == pg_query.pg_query_pb2.IS_NULL:
-        return test
-    if inner.nulltesttype == pg_query.pg_query_pb2.IS_NOT_NULL:
-        return Not(test)
-    raise _unsupported(node)
-
-
-def _truth_test(node: Node, inner: Node) -> Expression:
-    pb = pg_query.pg_query_pb2
-    tests: Mapping[int, tuple[bool | None, bool]] = {
-        pb.IS_TRUE: (True, True),
-        pb.IS_NOT_TRUE: (True, False),
-        pb.IS_FALSE: (False, True),
-        pb.IS_NOT_FALSE: (False, False),
-        pb.IS_UNKNOWN: (None, True),
-        pb.IS_NOT_UNKNOWN: (None, False),
-    }
-    if inner.booltesttype not in tests:
-        raise _unsupported(node)
-    value, positive = tests[inner.booltesttype]
-    test = Is(_expression(inner.arg), value)
-    return test if positive else Not(test)
-
-
-def _comparison(node: Node, inner: Node) -> Expression:
-    pb = pg_query.pg_query_pb2
-    operator = _name(inner.name)
-    if inner.kind == pb.AEXPR_OP and operator in ("=", "<>") and inner.HasField("lexpr"):
-        equal = Equal(_operand(inner.lexpr), _operand(inner.rexpr))
-        return equal if operator == "=" else Not(equal)
-    if inner.kind == pb.AEXPR_IN and operator in ("=", "<>") and inner.rexpr.HasField("list"):
-        items = [_operand(item) for item in inner.rexpr.list.items]
-        return _one_of(_operand(inner.lexpr), items, positive=operator == "=")
-    if (inner.kind, operator) in ((pb.AEXPR_OP_ANY, "="), (pb.AEXPR_OP_ALL, "<>")):
-        return _one_of(_operand(inner.lexpr), _array(inner.rexpr), positive=operator == "=")
-    return _operand(node)
-
-
-def _one_of(operand: Operand, items: Iterable[Operand], *, positive: bool) -> Expression:
-    """`IN` is what its disjunction is, also where NULLs are; `NOT IN` is its negation."""
-    test = Or(tuple(Equal(operand, item) for item in items))
-    return test if positive else Not(test)
-
-
-def _array(node: Node) -> list[Operand]:
-    """The elements of `ARRAY[…]`, which may be cast as a whole."""
-    kind, inner = _kind(node)
-    if kind == "a_array_expr":
-        return [_operand(element) for element in inner.elements]
-    if kind == "type_cast" and len(inner.type_name.array_bounds) == 1:
-        type_name = _type(node, inner.type_name, array=True)
-        return [_cast(element, type_name) for element in _array(inner.arg)]
-    raise _unsupported(node)
-
-
-_EXPRESSIONS: Final[Mapping[str, Callable[[Node, Node], Expression]]] = {
-    "bool_expr": _boolean,
-    "null_test": _null_test,
-    "boolean_test": _truth_test,
-    "a_expr": _comparison,
-    "sub_link": lambda node, _: _expression(_selected(node)),
-}
-
-
-# -- operands ----------------------------------------------------------------------------------------------------------
-
-
-def _operand(node: Node) -> Operand:
-    kind, inner = _kind(node)
-    reader = _OPERANDS.get(kind)
-    if reader is None:
-        raise _unsupported(node)
-    return reader(node, inner)
-
-
-def _column(node: Node, inner: Node) -> Operand:
-    if len(inner.fields) != 1 or not inner.fields[0].HasField("string"):
-        raise _unsupported(node)
-    return Column(inner.fields[0].string.sval)
-
-
-def _constant(node: Node, inner: Node) -> Operand:
-    if inner.isnull:
-        return Constant(None)
-    match inner.WhichOneof("val"):
-        case "sval":
-            return Constant(inner.sval.sval)
-        case "ival":
-            return Constant(str(inner.ival.ival), "int4")
-        case "boolval":
-            return Constant("t" if inner.boolval.boolval else "f", "bool")
-        case "fval" if _BIG_INTEGER.fullmatch(inner.fval.fval):
-            return Constant(inner.fval.fval, "int8")  # an integer beyond int4; beyond int8 it is refused later
-    raise _unsupported(node)
-
-
-def _claim_text(node: Node, _: Node) -> Operand:
-    path = _claim(node)
-    if path is None:
-        raise _unsupported(node)
-    return Fact(path)
-
-
-def _function(node: Node, inner: Node) -> Operand:
-    name = _auth_function(inner)
-    if name is None or name == "jwt":
-        raise _unsupported(node)
-    return Fact((name,))
-
-
-def _auth_function(call: Node) -> str | None:
-    """`uid` of `auth.uid()`; None for any other call."""
-    plain = {field.name for field, _ in call.ListFields()} <= {"funcname", "funcformat", "location"}
-    names = [part.string.sval for part in call.funcname]
-    if plain and len(names) == 2 and names[0] == "auth" and names[1] in ("uid", "role", "email", "jwt"):
-        return str(names[1])
-    return None
-
-
-def _claim(node: Node) -> tuple[str, ...] | None:
-    """The path of `auth.jwt() -> 'a' ->> 'b'`; None for anything else, and for what is not text in the end."""
-    kind, inner = _kind(node)
-    if kind != "a_expr" or inner.kind != pg_query.pg_query_pb2.AEXPR_OP or _name(inner.name) != "->>":
-        return None
-    keys: list[str] = []
-    while kind == "a_expr":
-        key = _key(inner.rexpr)
-        if key is None or (keys and _name(inner.name) != "->"):
-            return None
-        keys.append(key)
-        node = inner.lexpr
-        kind, inner = _kind(node)
-    node = _scalar(node)
-    kind, inner = _kind(node)
-    if kind == "func_call" and _auth_function(inner) == "jwt":
-        return ("jwt", *reversed(keys))
-    return None
-
-
-def _key(node: Node) -> str | None:
-    """The text of `'key'` or `'key'::text`."""
-    try:
-        operand = _operand(node)
-    except UnsupportedExpression:
-        return None
-    plain = isinstance(operand, Constant) and operand.type is None and operand.casts in ((), ("text",))
-    return operand.text if isinstance(operand, Constant) and plain else None
-
-
-def _scalar(node: Node) -> Node:
-    """What `(SELECT x)` selects; the node itself if it is something else."""
-    kind, inner = _kind(node)
-    if kind != "sub_link":
-        return node
-    plain = inner.sub_link_type == pg_query.pg_query_pb2.EXPR_SUBLINK and inner.subselect.HasField("select_stmt")
-    value = _only_target(inner.subselect.select_stmt) if plain else None
-    return node if value is None else value
-
-
-def _selected(node: Node) -> Node:
-    value = _scalar(node)
-    if value is node:
-        raise _unsupported(node)
-    return value
-
-
-def _type_cast(node: Node, inner: Node) -> Operand:
-    return _cast(_operand(inner.arg), _type(node, inner.type_name))
-
-
-def _cast(operand: Operand, type_name: str) -> Operand:
-    casts = (*operand.casts, type_name)
-    match operand:
-        case Column():
-            return Column(operand.name, casts)
-        case Fact():
-            return Fact(operand.path, casts)
-        case Constant():
-            return Constant(operand.text, operand.type, casts)
-
-
-_OPERANDS: Final[Mapping[str, Callable[[Node, Node], Operand]]] = {
-    "column_ref": _column,
-    "a_const": _constant,
-    "a_expr": _claim_text,
-    "func_call": _function,
-    "sub_link": lambda node, _: _operand(_selected(node)),
-    "type_cast": _type_cast,
-}
-
-
-def _name(parts: Iterable[Node]) -> str:
-    """A name without `pg_catalog`; any other schema stays."""
-    words = [part.string.sval for part in parts]
-    return ".".join(words[1:] if words[:1] == ["pg_catalog"] else words)
-
-
-def _type(node: Node, type_name: Node, *, array: bool = False) -> str:
-    plain = {"names", "typemod", "location"} | ({"array_bounds"} if array else set())
-    if not {field.name for field, _ in type_name.ListFields()} <= plain or type_name.typemod != -1:
-        raise _unsupported(node)
-    return _name(type_name.names)
+            for part in parts:
+                yield from _facts(part)

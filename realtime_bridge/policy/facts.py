@@ -18,7 +18,7 @@ import orjson
 from realtime_bridge.canonical import canonical, cast
 from realtime_bridge.change import ABSENT, Value
 from realtime_bridge.claims import Claims
-from realtime_bridge.policy.expression import Fact
+from realtime_bridge.policy.expression import Claim
 
 PER_TOKEN: Final = frozenset({"exp", "iat", "nbf", "jti", "session_id"})
 """Claims that differ between two tokens of one user: they tell members apart only if a policy reads them."""
@@ -32,12 +32,12 @@ def identity(claims: Claims, kept: frozenset[str]) -> tuple[str, str]:
     return claims.role, json.dumps([sorted(kept), values], sort_keys=True, separators=(",", ":"))
 
 
-def claims_read(facts: Iterable[Fact]) -> frozenset[str]:
+def claims_read(facts: Iterable[Claim]) -> frozenset[str]:
     """The top-level claims that these facts are read from."""
     return frozenset(_keys(fact)[0] for fact in facts)
 
 
-def read_facts(facts: Iterable[Fact], values: Mapping[str, Any], *, hidden: frozenset[str]) -> dict[str, Value]:
+def read_facts(facts: Iterable[Claim], values: Mapping[str, Any], *, hidden: frozenset[str]) -> dict[str, Value]:
     """Every fact's canonical text, by its SQL.
 
     Args:
@@ -51,7 +51,7 @@ def read_facts(facts: Iterable[Fact], values: Mapping[str, Any], *, hidden: froz
     }
 
 
-def _keys(fact: Fact) -> tuple[str, ...]:
+def _keys(fact: Claim) -> tuple[str, ...]:
     head, *keys = fact.path
     return tuple(keys) if head == "jwt" else (_CLAIM_OF[head],)
 
@@ -64,7 +64,7 @@ def _is_legible(values: Mapping[str, Any]) -> bool:
         return False
 
 
-def _read(fact: Fact, values: Mapping[str, Any]) -> Value:
+def _read(fact: Claim, values: Mapping[str, Any]) -> Value:
     try:
         text = _as_text(values, _keys(fact))
         if text is None:

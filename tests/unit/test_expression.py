@@ -6,21 +6,21 @@ from hypothesis import strategies as st
 
 from realtime_bridge.policy.expression import (
     And,
+    Claim,
     Column,
     Constant,
     Equal,
     Expression,
-    Fact,
     Is,
     IsNull,
     Not,
     Or,
     UnsupportedExpression,
     facts_of,
-    parse_expression,
 )
+from realtime_bridge.policy.reading import parse_expression
 
-UID = Fact(("uid",))
+UID = Claim(("uid",))
 
 
 @pytest.mark.parametrize(
@@ -28,15 +28,15 @@ UID = Fact(("uid",))
     [
         ("(auth.uid() = owner)", Equal(UID, Column("owner"))),
         ("(( SELECT auth.uid() AS uid) = owner)", Equal(UID, Column("owner"))),
-        ("(org = (auth.jwt() ->> 'org'::text))", Equal(Column("org"), Fact(("jwt", "org")))),
-        ("((( SELECT auth.jwt() AS jwt) ->> 'org'::text) = org)", Equal(Fact(("jwt", "org")), Column("org"))),
+        ("(org = (auth.jwt() ->> 'org'::text))", Equal(Column("org"), Claim(("jwt", "org")))),
+        ("((( SELECT auth.jwt() AS jwt) ->> 'org'::text) = org)", Equal(Claim(("jwt", "org")), Column("org"))),
         (
             "((name)::text = ((auth.jwt() -> 'app_metadata'::text) ->> 'org'::text))",
-            Equal(Column("name", ("text",)), Fact(("jwt", "app_metadata", "org"))),
+            Equal(Column("name", ("text",)), Claim(("jwt", "app_metadata", "org"))),
         ),
         (
             "(owner = ((auth.jwt() ->> 'sub'::text))::uuid)",
-            Equal(Column("owner"), Fact(("jwt", "sub"), ("uuid",))),
+            Equal(Column("owner"), Claim(("jwt", "sub"), ("uuid",))),
         ),
         ("is_public", Column("is_public")),
         ("(NOT is_public)", Not(Column("is_public"))),
@@ -64,8 +64,8 @@ UID = Fact(("uid",))
         ("m = 'happy'::public.mood", Equal(Column("m"), Constant("happy", None, ("public.mood",)))),
         ("a and b or c", Or((And((Column("a"), Column("b"))), Column("c")))),
         ("a operator(pg_catalog.=) b", Equal(Column("a"), Column("b"))),
-        ("(select auth.role() = 'x')", Equal(Fact(("role",)), Constant("x"))),
-        ("auth.email() = e -- and nothing else", Equal(Fact(("email",)), Column("e"))),
+        ("(select auth.role() = 'x')", Equal(Claim(("role",)), Constant("x"))),
+        ("auth.email() = e -- and nothing else", Equal(Claim(("email",)), Column("e"))),
     ],
 )
 def test_what_can_be_decided_becomes_a_tree(sql: str, expected: Expression) -> None:
@@ -153,12 +153,12 @@ def test_any_text_is_read_or_refused(sql: str) -> None:
     st.lists(st.text(min_size=1).filter(lambda text: "\0" not in text and text.isprintable()), min_size=1, max_size=3)
 )
 def test_a_fact_is_read_back_from_its_sql(keys: list[str]) -> None:
-    fact = Fact(("jwt", *keys), ("text",))
+    fact = Claim(("jwt", *keys), ("text",))
     assert parse_expression(f"{fact.sql} = a") == Equal(fact, Column("a"))
 
 
 def test_facts_with_other_casts_are_other_facts() -> None:
-    facts = [Fact(("uid",)), Fact(("uid",), ("text",)), Fact(("jwt", "sub")), Fact(("jwt", "sub"), ("uuid",))]
+    facts = [Claim(("uid",)), Claim(("uid",), ("text",)), Claim(("jwt", "sub")), Claim(("jwt", "sub"), ("uuid",))]
     assert len({fact.sql for fact in facts}) == len(facts)
     assert all(a.sql != b.sql for a, b in pairwise(facts))
 
@@ -167,4 +167,4 @@ def test_all_facts_are_found() -> None:
     expression = parse_expression(
         "not (auth.uid() = a and b) or (auth.role() in ('x', auth.email()) is null) or (auth.jwt() ->> 'a') is null"
     )
-    assert facts_of(expression) == {UID, Fact(("role",)), Fact(("email",)), Fact(("jwt", "a"))}
+    assert facts_of(expression) == {UID, Claim(("role",)), Claim(("email",)), Claim(("jwt", "a"))}

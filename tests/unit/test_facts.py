@@ -6,19 +6,19 @@ from hypothesis import strategies as st
 
 from realtime_bridge.change import ABSENT, Value
 from realtime_bridge.claims import Claims
-from realtime_bridge.policy.expression import Fact
+from realtime_bridge.policy.expression import Claim
 from realtime_bridge.policy.facts import PER_TOKEN, claims_read, identity, read_facts
 
 USER = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
-UID = Fact(("uid",))
+UID = Claim(("uid",))
 
 
-def read(fact: Fact, values: dict[str, Any]) -> Value:
+def read(fact: Claim, values: dict[str, Any]) -> Value:
     return read_facts([fact], values, hidden=frozenset())[fact.sql]
 
 
-def claim(*keys: str, cast: str = "") -> Fact:
-    return Fact(("jwt", *keys), (cast,) if cast else ())
+def claim(*keys: str, cast: str = "") -> Claim:
+    return Claim(("jwt", *keys), (cast,) if cast else ())
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_casts_follow_one_another() -> None:
     assert read(claim("n", cast="int4"), {"n": " +07 "}) == "7"
     assert read(claim("n", cast="int4"), {"n": 2**31}) is ABSENT
     assert read(claim("b", cast="bool"), {"b": True}) == "t"
-    assert read(Fact(("jwt", "b"), ("bool", "text")), {"b": "on"}) == "true"
-    assert read(Fact(("uid",), ("text",)), {"sub": USER.upper()}) == USER
+    assert read(Claim(("jwt", "b"), ("bool", "text")), {"b": "on"}) == "true"
+    assert read(Claim(("uid",), ("text",)), {"sub": USER.upper()}) == USER
     assert read(claim("n", cast="int4"), {}) is None
 
 
@@ -93,7 +93,7 @@ def test_a_hidden_claim_is_unknown() -> None:
 
 
 def test_facts_know_the_claims_they_are_read_from() -> None:
-    facts = [UID, Fact(("role",)), Fact(("email",)), claim("app_metadata", "org")]
+    facts = [UID, Claim(("role",)), Claim(("email",)), claim("app_metadata", "org")]
     assert claims_read(facts) == {"sub", "role", "email", "app_metadata"}
 
 

@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parents[2] / "realtime_bridge"
 
 LAYERS = [
     ("words", ["errors", "change", "claims", "settings", "metrics", "logs"]),
-    ("pure", ["values", "canonical", "filters", "pgoutput", "policy.expression", "policy.predicate", "wire"]),
+    ("pure", ["values", "canonical", "filters", "pgoutput", "wire"]),
+    ("splitter", ["policy.expression", "policy.reading", "policy.ordering", "policy.predicate", "policy.compiler"]),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
     ("core", ["ingest", "hub"]),
     ("edges", ["transports", "rest"]),

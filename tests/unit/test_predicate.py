@@ -10,20 +10,20 @@ from realtime_bridge.change import ABSENT, Image, Value
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.expression import (
     And,
+    Claim,
     Column,
     Constant,
     Equal,
     Expression,
-    Fact,
     Is,
     IsNull,
     Not,
     Operand,
     Or,
     UnsupportedExpression,
-    parse_expression,
 )
-from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Predicate, all_of, any_of
+from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Key, Predicate, RowTerm, UserTerm, all_of, any_of
+from realtime_bridge.policy.reading import parse_expression
 
 Row: TypeAlias = dict[str, Value]
 
@@ -61,7 +61,7 @@ def seen(sql: str, facts: dict[str, Value] | None = None, **row: Value) -> bool 
 
 # -- three-valued logic ------------------------------------------------------------------------------------------------
 
-ROLE, LEVEL = Fact(("role",)), Fact(("jwt", "level"), ("int4",))
+ROLE, LEVEL = Claim(("role",)), Claim(("jwt", "level"), ("int4",))
 
 constants = st.sampled_from([None, "1", "2"]).map(lambda text: Constant(text, None, ("int4",)))
 numbers: st.SearchStrategy[Operand] = st.one_of(st.sampled_from([Column("n"), Column("m"), LEVEL]), constants)
@@ -94,14 +94,16 @@ rows = st.fixed_dictionaries(
 levels = st.sampled_from([None, "1", "2"])
 
 
-def text_of(operand: Operand, row: Row, facts: Row) -> Value:
+def text_of(operand: Expression, row: Row, facts: Row) -> Value:
     match operand:
         case Column(name):
             return row[name]
-        case Fact():
+        case Claim():
             return facts[operand.sql]
         case Constant(text):
             return text
+        case _:
+            raise AssertionError(operand)
 
 
 def kleene(expression: Expression, row: Row, facts: Row) -> bool | None:
@@ -291,7 +293,8 @@ def test_a_list_of_constants_is_one_literal() -> None:
 
 def test_an_equality_of_column_and_fact_can_be_looked_up() -> None:
     (conjunct,) = compiled("auth.uid() = owner and auth.role() = 'x' and a").conjuncts
-    assert {literal.key for literal in conjunct} == {("owner", "auth.uid()"), None}
+    key = Key(RowTerm("owner"), UserTerm("auth.uid()"), of_elements=False)
+    assert {literal.key for literal in conjunct} == {key, None}
     assert sorted((literal.of_row, literal.of_user) for literal in conjunct) == [
         (False, False),
         (False, True),
@@ -310,4 +313,4 @@ def test_too_many_alternatives_are_refused() -> None:
 def test_a_predicate_knows_its_columns_and_facts() -> None:
     predicate = compiled("auth.uid() = owner or (a and auth.role() = 'x')")
     assert predicate.columns == {"owner", "a"}
-    assert predicate.facts == {Fact(("uid",)), ROLE}
+    assert predicate.facts == {Claim(("uid",)), ROLE}
