@@ -5,15 +5,23 @@ and nothing else. What Postgres reads differently from version to version (hexad
 refused here: unknown means no.
 
 Layer: pure. May import: nothing.
-Sources: uuid.c, numutils.c, bool.c of Postgres 15 to 18 (src/backend/utils/adt).
+Sources: uuid.c, numutils.c, bool.c, numeric.c, datetime.c, varlena.c and arrayfuncs.c of Postgres 15 to 18
+(src/backend/utils/adt).
 """
 
+import calendar
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Final
 
 TEXT_TYPES: Final = frozenset({"text", "varchar"})
 INTEGER_BITS: Final[Mapping[str, int]] = {"int2": 16, "int4": 32, "int8": 64}
+
+FORMED_TYPES: Final = frozenset({"numeric", "date", "timestamp", "timestamptz", "time", "bytea"})
+"""Types of whose values a source may bring a text that is not the canonical one."""
+
+_SIMPLE_TYPES: Final = frozenset({"uuid", "bool"}) | TEXT_TYPES | INTEGER_BITS.keys()
 
 _SPACE: Final = " \t\n\v\f\r"
 _UUID: Final = re.compile(r"(\{)?((?:[0-9A-Fa-f]{4}-?){7}[0-9A-Fa-f]{4})(?(1)\})")
@@ -26,7 +34,8 @@ def canonical(type_name: str, text: str) -> str:
     """The text that Postgres writes for a value of this type that it has read from `text`.
 
     Args:
-        type_name: one of `uuid bool int2 int4 int8 text varchar`.
+        type_name: one of `uuid bool int2 int4 int8 numeric text varchar bytea`, or `date time timestamp timestamptz`,
+            of which only what Postgres itself writes is read.
         text: what would be cast; never NULL.
 
     Raises:
@@ -49,8 +58,6 @@ def cast(text: str, source: str, target: str) -> str:
     Raises:
         ValueError: Postgres would refuse it, or the cast is none that is known here.
     """
-    if source in TEXT_TYPES:
-        return canonical(target, text)
     if not is_castable(source, target):
         raise ValueError(f"{source} is not cast to {target}")
     if source == "bool" and target in TEXT_TYPES:
@@ -60,20 +67,22 @@ def cast(text: str, source: str, target: str) -> str:
 
 def is_castable(source: str, target: str) -> bool:
     """Whether `cast` knows the way from one type to the other."""
-    if source in TEXT_TYPES:
-        return target in _READERS
-    if target in TEXT_TYPES or source == target:
+    if source == target:
         return source in _READERS
-    return source in INTEGER_BITS and target in INTEGER_BITS
+    if source in TEXT_TYPES:
+        return target in _SIMPLE_TYPES or target == "numeric"
+    if target in TEXT_TYPES:
+        return source in _SIMPLE_TYPES
+    return source in INTEGER_BITS and (target in INTEGER_BITS or target == "numeric")
 
 
 def keeps_text(source: str, target: str) -> bool:
     """Whether a cast leaves every canonical text as it is, and so can neither fail nor change what is equal."""
     if source in INTEGER_BITS and target in INTEGER_BITS:
         return INTEGER_BITS[source] <= INTEGER_BITS[target]
-    if source in TEXT_TYPES:
-        return target in TEXT_TYPES
-    return source == target or (target in TEXT_TYPES and source in _READERS and source != "bool")
+    if source == target or (source in INTEGER_BITS and target == "numeric"):
+        return True
+    return target in TEXT_TYPES and source in _SIMPLE_TYPES and source != "bool"
 
 
 def family(type_name: str) -> str | None:
@@ -146,10 +155,85 @@ def _text(text: str) -> str:
     return text
 
 
+def _numeric(text: str) -> str:
+    word = text.strip(_SPACE)
+    special = _SPECIAL_NUMBERS.get(word.lower())
+    if special is not None:
+        return special
+    match = _NUMBER.fullmatch(word)
+    if match is None or len(match["exponent"] or "") > 3:
+        raise ValueError("not a number")
+    digits = format(Decimal(word), "f")
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return digits if digits.strip("-0") else "0"
+
+
+_NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?(?P<exponent>[0-9]+))?")
+_SPECIAL_NUMBERS: Final = {
+    "nan": "NaN",
+    **dict.fromkeys(("inf", "infinity", "+inf", "+infinity"), "Infinity"),
+    **dict.fromkeys(("-inf", "-infinity"), "-Infinity"),
+}
+
+
+def _moment(pattern: re.Pattern[str]) -> Callable[[str], str]:
+    """Reads only what Postgres writes in UTC and ISO style; Postgres reads far more."""
+
+    def read(text: str) -> str:
+        match = pattern.fullmatch(text)
+        if match is None or (match["year"] is not None and not _is_day(match)):
+            raise ValueError("not written as Postgres writes it in UTC")
+        return text
+
+    return read
+
+
+def _is_day(moment: re.Match[str]) -> bool:
+    year = int(moment["year"])
+    days = calendar.monthrange(1 - year if moment["era"] else year, int(moment["month"]))[1]
+    return year > 0 and int(moment["day"]) <= days
+
+
+def _pattern(after_day: str) -> re.Pattern[str]:
+    day = r"(?P<year>[0-9]{4,6})-(?P<month>0[1-9]|1[0-2])-(?P<day>0[1-9]|[12][0-9]|3[01])"
+    return re.compile(rf"(?P<end>-?infinity)|{day}{after_day}(?P<era> BC)?")
+
+
+_CLOCK: Final = (
+    r"(?P<hour>[01][0-9]|2[0-3]):(?P<minute>[0-5][0-9]):(?P<second>[0-5][0-9])(?:\.(?P<fraction>[0-9]{0,5}[1-9]))?"
+)
+MOMENTS: Final[Mapping[str, re.Pattern[str]]] = {
+    "date": _pattern(""),
+    "timestamp": _pattern(f" {_CLOCK}"),
+    "timestamptz": _pattern(rf" {_CLOCK}\+00"),
+}
+"""How Postgres writes moments."""
+
+_TIME: Final = re.compile(_CLOCK + "|24:00:00")
+_HEXADECIMAL: Final = re.compile(r"\\x(?:[0-9a-fA-F]{2})*")
+
+
+def _time(text: str) -> str:
+    if _TIME.fullmatch(text) is None:
+        raise ValueError("not written as Postgres writes it")
+    return text
+
+
+def _bytea(text: str) -> str:
+    if _HEXADECIMAL.fullmatch(text) is None:
+        raise ValueError("not hexadecimal")
+    return text.lower()
+
+
 _READERS: Final[Mapping[str, Callable[[str], str]]] = {
     "uuid": _uuid,
     "bool": _boolean,
     "text": _text,
     "varchar": _text,
+    "numeric": _numeric,
+    "time": _time,
+    "bytea": _bytea,
     **{name: _integer(bits) for name, bits in INTEGER_BITS.items()},
+    **{name: _moment(pattern) for name, pattern in MOMENTS.items()},
 }
