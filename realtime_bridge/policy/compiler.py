@@ -4,18 +4,20 @@ Of each node is asked "is its truth value in this set?", beginning with {TRUE}, 
 swaps the set, AND and OR split it, until only atoms are left. That is exact in SQL's three-valued logic, IS [NOT] TRUE
 and IS NULL included.
 
-Only what compares by its canonical text becomes an atom; any other type, cast or collation is unsupported.
+Only what compares by its canonical text, or in an order that is known here, becomes an atom. For any other type, cast
+or collation Postgres is asked, and where it cannot be, the expression is unsupported.
 
-Layer: pure. May import: canonical, policy.expression, policy.predicate.
+Layer: pure. May import: change, canonical, policy.expression, policy.ordering, policy.predicate.
 Sources: parse_oper.c and parse_coerce.c (which types compare, and as what).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Final, NamedTuple, TypeAlias
 
-from realtime_bridge.canonical import TEXT_TYPES, canonical, cast, family, is_castable, keeps_text
+from realtime_bridge.canonical import FORMED_TYPES, TEXT_TYPES, canonical, cast, family, is_castable, keeps_text
+from realtime_bridge.change import ABSENT
 from realtime_bridge.policy.expression import (
     And,
     Asked,
@@ -37,6 +39,7 @@ from realtime_bridge.policy.expression import (
     Within,
     facts_of,
 )
+from realtime_bridge.policy.ordering import is_ordered
 from realtime_bridge.policy.predicate import (
     ALWAYS,
     ANY_TRUTH,
@@ -46,6 +49,7 @@ from realtime_bridge.policy.predicate import (
     Answer,
     Atom,
     Dnf,
+    FixedTerm,
     Holds,
     Less,
     Missing,
@@ -108,7 +112,9 @@ def compile_expression(
         UnsupportedExpression: a column is unknown, types do not compare by their texts and Postgres cannot be asked,
             or there are too many alternatives.
     """
-    return Predicate(_Compiler(columns).want(expression, TRUE_ONLY), facts_of(expression))
+    compiler = _Compiler(columns, types, hidden)
+    settled = compiler.settle(expression)
+    return Predicate(compiler.want(settled, TRUE_ONLY), facts_of(settled))
 
 
 _Join: TypeAlias = Callable[[Dnf, Dnf], Dnf]
@@ -124,9 +130,41 @@ class _Typed(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, columns: Mapping[str, ColumnType]) -> None:
+    def __init__(self, columns: Mapping[str, ColumnType], types: Mapping[str, str | None], hidden: Set[str]) -> None:
         self._columns = columns
+        self._types = types
+        self._hidden = hidden
         self._enums = {column.written: column for column in columns.values() if column.labels is not None}
+
+    def settle(self, expression: Expression) -> Expression:
+        """The expression with every leaf as what decides it: itself, or a question."""
+        match expression:
+            case Leaf(inner, asked, exact):
+                try:
+                    inner = self.settle(inner)
+                    self.want(inner, TRUE_ONLY)
+                except UnsupportedExpression:
+                    return self._question(asked)
+                return inner if exact else Leaf(inner, self._question(asked), exact)
+            case Asked():
+                return self._question(expression)
+            case Not(inner):
+                return Not(self.settle(inner))
+            case Is(inner, value):
+                return Is(self.settle(inner), value)
+            case And(parts):
+                return And(tuple(map(self.settle, parts)))
+            case Or(parts):
+                return Or(tuple(map(self.settle, parts)))
+        return expression
+
+    def _question(self, asked: Asked) -> Asked:
+        """The question with all columns that it may depend on, now that they are known."""
+        unknown = (asked.reads.columns - self._columns.keys()) | (asked.reads.names & self._hidden)
+        if unknown:
+            raise UnsupportedExpression(_not_brought(min(unknown)))
+        columns = asked.reads.columns | (asked.reads.names & self._columns.keys())
+        return replace(asked, reads=replace(asked.reads, columns=columns, names=frozenset()))
 
     def want(self, expression: Expression | Atom, wanted: Wanted) -> Dnf:
         """The rows for which the expression's truth value is one of those wanted."""
@@ -137,16 +175,13 @@ class _Compiler:
                 return self._want_is(expression, wanted)
             case And() | Or():
                 return self._want_junction(expression, wanted)
-            case OneOf() | Same() | Missing():
-                return literal_of(expression, wanted)
-            case Ordered() | Within() | Has() | Leaf() | Asked() | Query():
-                raise UnsupportedExpression("not yet")
-            case Less() | Among() | Holds() | Answer():
-                return literal_of(expression, wanted)
+            case Leaf(inner, asked):
+                tells_apart = (False in wanted) != (None in wanted)
+                return self.want(asked if tells_apart else inner, wanted)
         atom = self._atom(expression)
-        if isinstance(atom, OneOf | Same | Missing):
-            return literal_of(atom, wanted)
-        return ALWAYS if atom in wanted else NEVER
+        if atom is None or isinstance(atom, bool):
+            return ALWAYS if atom in wanted else NEVER
+        return literal_of(atom, wanted)
 
     def _want_is(self, test: Is, wanted: Wanted) -> Dnf:
         it_is: Wanted = frozenset({test.value})
@@ -188,36 +223,105 @@ class _Compiler:
                 parts.append(part)
         return parts + [OneOf(term, texts) for term, texts in lists.items()]
 
-    def _atom(self, expression: Equal | IsNull | Operand) -> Atom | Truth:
+    def _atom(self, expression: Expression | Atom) -> Atom | Truth:
         match expression:
             case Equal(left, right):
                 return self._equal(left, right)
+            case Ordered(left, right, or_equal):
+                return self._ordered(left, right, or_equal=or_equal)
+            case Within(operand, values):
+                return self._within(operand, values)
+            case Has(array, element):
+                return self._has(array, element)
             case IsNull(operand):
-                typed = self._typed(operand)
-                return typed.text is None if typed.term is None else Missing(typed.term)
-        condition = self._typed(expression, or_else="bool")
-        if condition.type != "bool":
-            raise UnsupportedExpression(f"a condition of type {condition.type}")
-        if condition.term is not None:
-            return OneOf(condition.term, frozenset({"t"}))
-        return None if condition.text is None else condition.text == "t"
+                return self._is_null(operand)
+            case Asked():
+                return Answer(expression)
+            case Column() | Claim() | Query() | Constant():
+                return self._condition(expression)
+            case OneOf() | Same() | Less() | Among() | Holds() | Missing() | Answer():
+                return expression
+        raise AssertionError(f"{type(expression).__name__} is no atom")
+
+    def _condition(self, operand: Operand) -> Atom | Truth:
+        typed = self._typed(operand, or_else="bool")
+        if typed.type != "bool":
+            raise UnsupportedExpression(f"a condition of type {typed.type}")
+        if typed.term is not None:
+            return OneOf(typed.term, frozenset({"t"}))
+        return None if typed.text is None else typed.text == "t"
 
     def _equal(self, left_operand: Operand, right_operand: Operand) -> Atom | Truth:
+        left, right, _ = self._compared(left_operand, right_operand, "=")
+        if left is None or right is None:
+            return None
+        match left, right:
+            case FixedTerm(text), FixedTerm(other):
+                return text == other
+            case (FixedTerm(text), (RowTerm() | UserTerm()) as term) | (
+                (RowTerm() | UserTerm()) as term,
+                FixedTerm(text),
+            ):
+                return OneOf(term, frozenset({text}))
+        return Same(left, right) if isinstance(left, RowTerm) else Same(right, left)
+
+    def _ordered(self, left_operand: Operand, right_operand: Operand, *, or_equal: bool) -> Atom | Truth:
+        left, right, order = self._compared(left_operand, right_operand, "<=" if or_equal else "<")
+        if not is_ordered(order):
+            raise UnsupportedExpression(f"the order of {order}")
+        if left is None or right is None:
+            return None
+        less = Less(left, right, or_equal, order)
+        is_constant = isinstance(left, FixedTerm) and isinstance(right, FixedTerm)
+        truth = less.truth({}, (), {}) if is_constant else ABSENT
+        return less if truth is ABSENT else truth
+
+    def _within(self, operand: Column, values: Query) -> Atom:
+        column, element = self._typed_column(operand), self._type_of(values)
+        if self._common(column.type, element, "IN") in FORMED_TYPES or not isinstance(column.term, RowTerm):
+            raise UnsupportedExpression(f"{column.type} IN {element}")
+        return Among(column.term, UserTerm(values.sql))
+
+    def _has(self, array: Column, element: Operand) -> Atom:
+        known = self._known(array)
+        type_name = known.name.removeprefix("_") if known.schema == "pg_catalog" and known.name[:1] == "_" else None
+        type_name = self._cast_column(array, type_name if known.exact else None)
+        typed = self._typed(element, or_else=type_name)
+        if self._common(typed.type, type_name, "= ANY") in FORMED_TYPES:
+            raise UnsupportedExpression(f"{typed.type} = ANY {known.written}")
+        term = typed.term or FixedTerm("" if typed.text is None else typed.text)
+        if typed.term is None and typed.text is None:
+            raise UnsupportedExpression("NULL = ANY")
+        return Holds(RowTerm(array.name), term)
+
+    def _is_null(self, operand: Operand) -> Atom | Truth:
+        if isinstance(operand, Column) and not operand.casts:
+            known = self._known(operand)
+            if known.schema != "pg_catalog" and known.labels is None:
+                raise UnsupportedExpression(f"column {operand.name} of type {known.written}")  # ROW(NULL) IS NULL
+            return Missing(RowTerm(operand.name))
+        typed = self._typed(operand)
+        return typed.text is None if typed.term is None else Missing(typed.term)
+
+    def _compared(
+        self, left_operand: Operand, right_operand: Operand, operator: str
+    ) -> tuple[Term | None, Term | None, str]:
+        """Two operands as terms that compare with each other (None is NULL), and as what."""
         left = self._typed(left_operand)
         right = self._typed(right_operand, or_else=left.type or "text")
         left = self._typed(left_operand, or_else=right.type)
-        if self._family(left.type) != self._family(right.type):
-            raise UnsupportedExpression(f"{left.type} = {right.type}")
-        match left, right:
-            case (_Typed(None, None), _) | (_, _Typed(None, None)):
-                return None
-            case _Typed(None, str(text)), _Typed(None, str(other)):
-                return text == other
-            case (_Typed(None, str(text)), _Typed(term)) | (_Typed(term), _Typed(None, str(text))) if term is not None:
-                return OneOf(term, frozenset({text}))
-        assert left.term is not None, "constants are dealt with"
-        assert right.term is not None, "constants are dealt with"
-        return Same(left.term, right.term) if isinstance(left.term, RowTerm) else Same(right.term, left.term)
+        common = self._common(left.type, right.type, operator)
+        return _in_form(left, common), _in_form(right, common), common
+
+    def _common(self, left: str | None, right: str | None, operator: str) -> str:
+        """The family of which two types both are; an integer is a number, too."""
+        families = {self._family(left), self._family(right)}
+        if families == {"integer", "numeric"}:
+            return "numeric"
+        found = families.pop() if len(families) == 1 else None
+        if found is None:
+            raise UnsupportedExpression(f"{left} {operator} {right}")
+        return found
 
     # -- types
 
@@ -227,33 +331,47 @@ class _Compiler:
             case Column():
                 return self._typed_column(operand)
             case Claim():
-                return self._typed_fact(operand)
+                return self._typed_claim(operand)
             case Query():
-                raise UnsupportedExpression("not yet")
+                return _Typed(UserTerm(operand.sql), None, self._type_of(operand))
             case Constant(text, own, casts):
                 typed = reduce(self._cast, [own, *casts] if own else casts, _Typed(None, text, None))
                 return self._cast(typed, or_else) if typed.type is None and or_else else typed
 
-    def _typed_column(self, column: Column) -> _Typed:
+    def _known(self, column: Column) -> ColumnType:
         known = self._columns.get(column.name)
         if known is None:
-            raise UnsupportedExpression(f"column {column.name}, which no change brings")
-        type_name = known.written
-        if self._family(type_name) is None or not known.exact:
-            raise UnsupportedExpression(f"column {column.name} of type {type_name}")
+            raise UnsupportedExpression(_not_brought(column.name))
+        return known
+
+    def _typed_column(self, column: Column) -> _Typed:
+        known = self._known(column)
+        type_name = self._cast_column(column, known.written if known.exact else None)
+        return _Typed(RowTerm(column.name), None, type_name)
+
+    def _cast_column(self, column: Column, type_name: str | None) -> str:
+        """The type after a column's casts, which must leave its texts as they are."""
+        if type_name is None or self._family(type_name) is None:
+            raise UnsupportedExpression(f"column {column.name} of type {self._known(column).written}")
         for target in map(self._resolve, column.casts):
             if not (keeps_text(type_name, target) or (type_name in self._enums and target in TEXT_TYPES)):
                 raise UnsupportedExpression(f"({column.name})::{target}")
             type_name = target
-        return _Typed(RowTerm(column.name), None, type_name)
+        return type_name
 
-    def _typed_fact(self, fact: Claim) -> _Typed:
-        type_name = fact.type
-        for target in fact.casts:
+    def _typed_claim(self, claim: Claim) -> _Typed:
+        type_name = claim.type
+        for target in claim.casts:
             if not is_castable(type_name, target):
-                raise UnsupportedExpression(fact.sql)
+                raise UnsupportedExpression(claim.sql)
             type_name = target
-        return _Typed(UserTerm(fact.sql), None, type_name)
+        return _Typed(UserTerm(claim.sql), None, type_name)
+
+    def _type_of(self, query: Query) -> str:
+        type_name = self._types.get(query.sql)
+        if self._family(type_name) is None or type_name is None:
+            raise UnsupportedExpression(query.sql)
+        return type_name
 
     def _cast(self, constant: _Typed, type_name: str) -> _Typed:
         target = self._resolve(type_name)
@@ -284,6 +402,20 @@ class _Compiler:
 
     def _family(self, type_name: str | None) -> str | None:
         return type_name if type_name is None or type_name in self._enums else family(type_name)
+
+
+def _not_brought(column: str) -> str:
+    return f"column {column}, which no change brings"
+
+
+def _in_form(typed: _Typed, common: str) -> Term | None:
+    """A term whose texts are equal where its values are; None for NULL."""
+    match typed.term:
+        case None:
+            return None if typed.text is None else FixedTerm(typed.text)
+        case RowTerm() | UserTerm() if common in FORMED_TYPES:
+            return replace(typed.term, form=common)
+    return typed.term
 
 
 def _ranges(wanted: Wanted) -> list[tuple[int, int]]:

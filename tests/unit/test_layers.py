@@ -7,8 +7,14 @@ PACKAGE = Path(__file__).parents[2] / "realtime_bridge"
 
 LAYERS = [
     ("words", ["errors", "change", "claims", "settings", "metrics", "logs"]),
-    ("pure", ["values", "canonical", "filters", "pgoutput", "wire"]),
-    ("splitter", ["policy.expression", "policy.reading", "policy.ordering", "policy.predicate", "policy.compiler"]),
+    (
+        "pure",
+        [
+            *("values", "canonical", "filters", "pgoutput", "wire"),
+            *("policy.expression", "policy.nodes", "policy.dependence", "policy.membership", "policy.reading"),
+            *("policy.ordering", "policy.predicate", "policy.compiler"),
+        ],
+    ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
     ("core", ["ingest", "hub"]),
     ("edges", ["transports", "rest"]),
