@@ -12,7 +12,7 @@ LAYERS = [
         [
             *("values", "canonical", "filters", "pgoutput", "wire"),
             *("policy.expression", "policy.nodes", "policy.dependence", "policy.membership", "policy.reading"),
-            *("policy.ordering", "policy.predicate", "policy.compiler", "policy.blocks"),
+            *("policy.ordering", "policy.predicate", "policy.compiler", "policy.blocks", "policy.keeping"),
         ],
     ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
