@@ -357,9 +357,14 @@ select sum(hash_record_extended(version, 0))::text from (
 ) as of_all(version)
 """
 
+# Postgres 15 names generated columns too, although it leaves them out.
 _PUBLISHED: Final = """
-select t.schemaname || '.' || t.tablename as name, t.attnames::text[] as columns
+select t.schemaname || '.' || t.tablename as name,
+       array(select a.attname::text from pg_attribute a
+             where a.attrelid = c.oid and a.attname = any(t.attnames) and a.attgenerated = '') as columns
 from pg_publication_tables t
 join pg_publication p on p.pubname = t.pubname
+join pg_class c on c.relname = t.tablename
+join pg_namespace n on n.oid = c.relnamespace and n.nspname = t.schemaname
 where p.pubname = $1 and p.pubinsert and p.pubupdate and p.pubdelete and p.pubtruncate and t.rowfilter is null
 """

@@ -653,14 +653,14 @@ async def test_every_type_is_read_and_written_as_changes_bring_it(
     database: str, login: str, admin: "psycopg.Connection[Any]"
 ) -> None:
     admin.execute(MADE)
-    kinds = KINDS
+    kinds = KINDS if admin.info.server_version >= 170000 else {**KINDS, "interval": KINDS["interval"][:1]}
     try:
         admin.execute("create extension citext schema kinds")
     except psycopg.Error as error:
         if not isinstance(error, psycopg.errors.FeatureNotSupported | psycopg.errors.UndefinedFile):
             raise
     else:
-        kinds = {**KINDS, **CITEXT}
+        kinds = {**kinds, **CITEXT}
     names = {type_name: f"c{i}" for i, type_name in enumerate(kinds)}
     defined = ", ".join(f"{name} {type_name}" for type_name, name in names.items())
     admin.execute(f"create table docs (id int primary key, {defined})".encode())
@@ -699,5 +699,5 @@ async def test_every_type_is_read_and_written_as_changes_bring_it(
         assert await opened.answers(described, questions) == [True] * len(questions)
         (found,) = await opened.facts([claims_of(ANN)], [one(sql) for sql in expected])
     assert found == expected
-    if kinds is KINDS:
+    if not CITEXT.keys() <= kinds.keys():
         unavailable("everything agrees, but for citext, which this Postgres does not have")
