@@ -4,7 +4,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -27,21 +26,6 @@ from tests.contract.brokers import (
     update,
 )
 from tests.services import eventually
-
-
-@pytest.fixture(params=["memory", "redis"])
-def brokers(request: pytest.FixtureRequest, namespace: str) -> OpenBrokers:
-    if request.param == "memory":
-        return open_memory
-    url = request.getfixturevalue("redis_url")
-
-    @asynccontextmanager
-    async def opened(count: int = 1, **limits: Any) -> AsyncIterator[list[Broker]]:
-        async with open_redis(url, namespace, count, **limits) as made:
-            yield list(made)
-
-    return opened
-
 
 # -- append and read -------------------------------------------------------------------------------------------------
 
