@@ -9,7 +9,7 @@ LAYERS = [
     ("words", ["errors", "change", "claims", "settings", "metrics", "logs"]),
     ("pure", ["values", "canonical", "filters", "pgoutput", "policy.expression", "policy.predicate", "wire"]),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
-    ("core", ["ingest", "hub"]),
+    ("core", ["ingest", "rows", "seeding", "hub"]),
     ("edges", ["transports", "rest"]),
     ("whole", ["bridge", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
 ]
