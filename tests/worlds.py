@@ -14,7 +14,9 @@ from websockets.asyncio.client import ClientConnection
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
 from tests.clients import Message, open_socket, receive
+from tests.services import token
 
+NOBODY = "00000000-0000-4000-8000-000000000000"
 FENCE = """
     create table fence (id int primary key);
     alter table fence replica identity full, enable row level security;
@@ -43,6 +45,10 @@ class World:
         socket = await self._sockets.enter_async_context(open_socket(address, bearer_token, **query))
         assert (await receive(socket))["type"] == "ready"
         return socket
+
+    async def met(self) -> None:
+        """Every bridge has met what was written; who comes later is in no doubt because of it."""
+        await self.told(*[await self.connect(token(NOBODY), bridge) for bridge in self.bridges])
 
     async def told(self, *sockets: ClientConnection) -> list[list[Message]]:
         """What each of them was told since the last fence, of data and of doubt; nothing can follow that any more."""

@@ -102,16 +102,17 @@ class Subscription:
         self.seen.update(self.connection.member.sights)
 
     def outdated(self, table: str, until: int) -> bool:
-        """Whether what its reader has of a table may be other than what its member sees since an entry up to `until`.
+        """Whether what its reader has of a table may be other than what its member sees.
 
-        While it is served here that is known; for one that has come from elsewhere its position tells, at once.
+        While it is served here the digests tell. For one that has come from elsewhere its position does; and so it does
+        where the digest is the same and may have been another in between, once the reader comes up to there (`until`).
         """
         now, seen = self.connection.member.sights.get(table), self.seen.get(table)
         if now is None or now == seen:
             return False
         if seen is None:
             return self.number < now.since
-        return now.since <= until and (self.number < now.since or seen.digest != now.digest)
+        return seen.digest != now.digest or self.number < now.since <= until
 
     def shown(self, table: str) -> tuple[str, ...] | None:
         """The columns shown of a table beside its key: those chosen, as far as they may be read; None for all."""

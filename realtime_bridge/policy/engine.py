@@ -233,7 +233,9 @@ class PolicyEngine:
 
     def digest(self, member: Member, table: str) -> str:
         """See `Policy.digest`."""
-        return "" if self.knowledge.is_unlearned(member, table) else self._tables[table].digest_for(member)
+        if member not in self._members or self.knowledge.is_unlearned(member, table):
+            return ""  # it left before anything was learned of it, or nothing could be
+        return self._tables[table].digest_for(member)
 
     def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
         """See `Policy.refusal`."""

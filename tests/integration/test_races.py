@@ -136,9 +136,11 @@ async def test_a_membership_that_ended_in_the_commit_before_shows_nothing(
 ) -> None:
     async with replicas(database, namespace, redis_url) as it:
         await it.admin.execute(f"insert into members values ('{ADA}', 1)")
+        await it.met()
         copies = await copies_of(it, ADA, BOB)
         for number in range(0, 100, 10):
             await it.admin.execute(f"insert into members values ('{BOB}', 1)")
+            await fold(*copies)
             await it.admin.execute(f"insert into papers values ({number}, 1, 'seen')")
             await fold(*copies)
             await it.admin.execute(f"""

@@ -117,6 +117,7 @@ async def test_what_the_policy_of_another_table_lets_through_is_followed_too(
 ) -> None:
     async with replicas(database, namespace, redis_url, "by_policy") as it:
         await it.admin.execute(f"insert into members values ('{BOB}', 1)")
+        await it.met()
         copies = await copies_of(it, BOB, table="by_policy")
         await it.admin.execute("insert into by_policy values (1, 1, 'seen')")
         await fold(*copies)
@@ -133,6 +134,7 @@ async def test_a_change_of_one_membership_puts_nobody_else_in_doubt(
 ) -> None:
     async with replicas(database, namespace, redis_url, "directly") as it:
         await it.admin.execute(f"insert into members values ('{ADA}', 1)")
+        await it.met()
         of_ada, of_bob = await copies_of(it, ADA, table="directly"), await copies_of(it, BOB, table="directly")
         for number in range(5):
             await it.admin.execute(f"insert into members values ('{BOB}', 1)")
@@ -149,6 +151,7 @@ async def test_what_is_in_doubt_is_held_and_then_answered_by_a_resync(
 ) -> None:
     async with replicas(database, namespace, redis_url, "gated") as it:
         await it.admin.execute(f"insert into members values ('{BOB}', 1), ('{BOB}', 2)")
+        await it.met()
         copies = await copies_of(it, BOB, table="gated")
         await it.admin.execute("insert into gated values (1, 1, 'seen')")
         await fold(*copies)

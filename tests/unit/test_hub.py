@@ -24,7 +24,7 @@ from realtime_bridge.hub.hub import Hub
 from realtime_bridge.hub.standing import NOWHERE
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, form_of
 from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared, Window
-from realtime_bridge.policy.base import Verdict
+from realtime_bridge.policy.base import Member, Verdict
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import Interest
@@ -35,6 +35,7 @@ from tests.services import eventually
 Message = dict[str, Any]
 
 ANN, BOB = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "b0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+CAL = "c0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 POSTS, NOTES = "public.posts", "public.notes"
 COLUMNS = {"id": "int8", "owner": "uuid", "team": "text", "mood": "text"}
 RULE = "auth.uid() = owner or team = (auth.jwt() ->> 'team')"
@@ -677,6 +678,28 @@ async def test_a_poll_that_is_not_at_the_end_claims_no_completeness() -> None:
 
 
 # -- who comes and goes ------------------------------------------------------------------------------------------------
+
+
+class SlowPolicy(PolicyEngine):
+    """Takes its time to learn of members."""
+
+    async def load(self, members: Sequence[Member]) -> None:
+        await passes(20)
+        await super().load(members)
+
+
+async def test_who_leaves_before_it_is_settled_is_remembered_as_nothing() -> None:
+    async with running(SlowPolicy([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})) as world:
+        connection, _ = await world.connect(CAL)
+        await passes(10)
+        world.hub.close(connection)
+        await passes(50)
+        start = await world.hub.position_for(claims(CAL))
+        await world.append(insert(1, CAL))
+        await world.settled()
+        _, reader = await world.connect(CAL, position=start)
+        await world.settled()
+        assert (reader.keys, reader.resyncs) == ([1], [])
 
 
 async def test_a_connection_lost_while_its_new_token_waits_leaves_no_member_behind() -> None:
