@@ -68,7 +68,10 @@ def shared_memory_segments() -> set[str]:
 
 
 async def nothing_is_left(home: Path) -> None:
-    await eventually(lambda: not processes_of(home) and not list(home.iterdir()), timeout=20)
+    try:
+        await eventually(lambda: not processes_of(home) and not list(home.iterdir()), timeout=20)
+    except AssertionError as error:
+        raise AssertionError(f"left: {processes_of(home)}, {list(home.rglob('*'))[:10]}") from error
 
 
 @pytest.mark.parametrize("moment", ["*", "*/data", "*/data/base", "*/data/postmaster.pid", "*/data/all-is-up"])
