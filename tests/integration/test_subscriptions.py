@@ -83,22 +83,22 @@ async def test_subscriptions_by_message_carry_their_ids_and_share_a_message(way:
             whole, brief = sorted(
                 [await receive_data(socket) for _ in range(2)], key=lambda m: len(m["record"]), reverse=True
             )
-            assert whole["subscriptions"] == ["all", "same"]
+            assert sorted(whole["subscriptions"]) == ["all", "same"]
             assert whole["record"]["score"] == 1.5
             assert (brief["subscriptions"], brief["record"]) == (["brief"], {"id": 1, "part": "a", "mood": "sad"})
 
             await connection.execute("update notes set mood = 'happy'")
-            by_id = {tuple(m["subscriptions"]): m for m in [await receive_data(socket) for _ in range(3)]}
+            by_id = {tuple(sorted(m["subscriptions"])): m for m in [await receive_data(socket) for _ in range(3)]}
             assert by_id["all", "same"]["type"] == "UPDATE"
             assert by_id["happy",]["type"] == "INSERT"  # it enters the filter
             await connection.execute("update notes set mood = 'sad'")
-            by_id = {tuple(m["subscriptions"]): m for m in [await receive_data(socket) for _ in range(3)]}
+            by_id = {tuple(sorted(m["subscriptions"])): m for m in [await receive_data(socket) for _ in range(3)]}
             left = by_id["happy",]
             assert (left["type"], left["left"], left["old_record"]) == ("DELETE", True, {"id": 1, "part": "a"})
             await connection.execute("delete from notes")
             if way.tells_old_rows:
                 deleted = [await receive_data(socket) for _ in range(2)]
-                assert {tuple(m["subscriptions"]) for m in deleted} == {("all", "same", "gone"), ("brief",)}
+                assert {tuple(sorted(m["subscriptions"])) for m in deleted} == {("all", "gone", "same"), ("brief",)}
                 assert all(m["type"] == "DELETE" and "left" not in m for m in deleted)
             else:
                 doubts = [await receive_data(socket) for _ in range(5)]

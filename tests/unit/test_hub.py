@@ -485,10 +485,13 @@ class Walk:
             self.records.append(self.poller)
         if self.polling:
             return
-        self.polling = True
+        self.polling, generation = True, self.world.hub._standing.generation
         answer = await poll(self.world, BOB, self.poller.position, limit=self.random.choice((1, 3, 500)))
+        # The number may have been cut back since the answer was written; what its reader reads then has not.
+        standing = self.world.hub._standing
+        stands = standing.number if standing.generation == generation else len(self.history)
         for message in answer["messages"]:
-            self.poller.note(message, "red", self.world.hub._standing.number)
+            self.poller.note(message, "red", stands)
         self.poller.lines.append(Line("answer", answer["position"], "red", 0))
         self.polling = False
 
