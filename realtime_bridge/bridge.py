@@ -142,6 +142,8 @@ class Bridge:
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             tasks.forever("ingest", running.ingest.run)
+            if policy.shadow is not None:
+                tasks.forever("shadow", policy.shadow.run)
             if self._keys is not None:
                 tasks.forever("keys", self._keys.run)
             await _begin(running.hub)
@@ -238,6 +240,10 @@ class Bridge:
             "Facts and conditions that Postgres failed to evaluate.",
             policy.knowledge.failed,
         )
+        if policy.shadow is not None:
+            checked, mismatches = policy.shadow.checked, policy.shadow.mismatches
+            yield "counter", "policy_compared", "Decisions compared with Postgres' own, as a sample.", checked
+            yield "counter", "policy_mismatches", "Policies that were decided otherwise than by Postgres.", mismatches
         yield "counter", "slices_from_broker", "Slices read from the broker.", counters.caught_up_from_broker
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 

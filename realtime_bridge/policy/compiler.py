@@ -78,14 +78,12 @@ class ColumnType:
         schema: of that type.
         labels: of an enum; None for any other type.
         exact: whether equal texts are the same texts: not so under a nondeterministic collation.
-        declared: the type with its modifier, and the collation if it is not the type's own, both as SQL.
     """
 
     name: str
     schema: str = "pg_catalog"
     labels: frozenset[str] | None = None
     exact: bool = True
-    declared: tuple[str, str] = ("", "")
 
     @property
     def written(self) -> str:

@@ -5,25 +5,15 @@ Sources: get_row_security_policies (rowsecurity.c): permissive policies are join
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from realtime_bridge.policy.catalog import CatalogTable
-from realtime_bridge.policy.compiler import ColumnType, compile_expression
-from realtime_bridge.policy.expression import (
-    And,
-    Asked,
-    Claim,
-    Expression,
-    Or,
-    Query,
-    UnsupportedExpression,
-    queries_of,
-)
+from realtime_bridge.policy.compiler import compile_expression
+from realtime_bridge.policy.expression import And, Expression, Or, Query, UnsupportedExpression, queries_of
 from realtime_bridge.policy.facts import digest_of
 from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
 from realtime_bridge.policy.reading import ask_whole, parse_expression
-from realtime_bridge.policy.references import Dependency
 
 CANNOT_DECIDE: Final = "the policies of {} cannot be decided by this bridge; its log says which part"
 
@@ -37,14 +27,10 @@ class Refusal(NamedTuple):
 
 
 class Surveying(Protocol):
-    """Tells what queries and conditions are, as `policy.asking` does. Both raise `DatabaseError`."""
+    """Tells what queries are, as `policy.asking` does. It may raise `DatabaseError`."""
 
     async def types(self, queries: Collection[Query]) -> Mapping[str, str | None]:
         """The name of each query's type by its SQL; None if Postgres does not understand it by itself."""
-        ...
-
-    async def dependencies(self, wanted: Collection[Query | Asked]) -> Mapping[Query | Asked, Dependency]:
-        """What each of them rests on."""
         ...
 
 
@@ -67,19 +53,17 @@ class Decision:
     """What the catalog's description of a table comes to.
 
     Attributes:
-        digest: of the description, and of what its policies go through.
+        digest: of the description, and of how it was decided.
+        table: the description.
         predicates: by role; each role has one of these or a refusal.
         columns: role → the columns that it may read, in column order, where that is not all of them.
-        types: column → its type, in column order.
-        dependencies: what each query and condition of the predicates rests on.
     """
 
     digest: str
-    predicates: Mapping[str, Predicate] = field(default_factory=dict)
-    refusals: Mapping[str, Refusal] = field(default_factory=dict)
-    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    types: Mapping[str, ColumnType] = field(default_factory=dict)
-    dependencies: Mapping[Query | Asked, Dependency] = field(default_factory=dict)
+    table: CatalogTable
+    predicates: Mapping[str, Predicate]
+    refusals: Mapping[str, Refusal]
+    columns: Mapping[str, tuple[str, ...]]
 
 
 async def decide(
@@ -108,16 +92,12 @@ async def decide(
     types = None if asking is None else await asking.types(queries)
     decided = {role: _decide(role, table, rule, parts, refused, types) for role in sorted(roles)}
     predicates = {role: found for role, found in decided.items() if isinstance(found, Predicate)}
-    wanted = {what for p in predicates.values() for what in (*p.facts, *p.asked) if not isinstance(what, Claim)}
-    dependencies = await asking.dependencies(wanted) if asking is not None else {}
-    through = {f"{type(what).__name__} {what.sql}": found.digest for what, found in dependencies.items()}
     return Decision(
-        digest_of(table.digest, rule, whole, through),
+        digest_of(table.digest, rule, whole),
+        table,
         predicates,
         {role: found for role, found in decided.items() if isinstance(found, Refusal)},
         {role: _readable(role, table) for role in decided if len(_readable(role, table)) < len(table.columns)},
-        table.columns,
-        dependencies,
     )
 
 
@@ -182,7 +162,7 @@ def _closed(role: str, table: CatalogTable) -> str | None:
     readable = _readable(role, table)
     if not readable:
         return f"role {role} may not read {table.name}"
-    if not table.key <= set(readable):
+    if not set(table.key) <= set(readable):
         return f"role {role} may not read the primary key of {table.name}"
     return None
 
@@ -205,7 +185,7 @@ def _combine(parts: Sequence[Part], table: CatalogTable, types: Mapping[str, str
     """
 
     def compiled(expression: Expression) -> Predicate:
-        return compile_expression(expression, table.columns, types or {})
+        return compile_expression(expression, table.columns, types or {}, hidden=table.generated)
 
     permissive = [part for part in parts if part.permissive]
     restrictive = [part for part in parts if not part.permissive]

@@ -1,6 +1,6 @@
 """The members that are known: those present, and for a while those who have left, since most come back.
 
-Layer: adapters (it does no I/O). May import: words, policy.base, policy.references.
+Layer: adapters (it does no I/O). May import: words, policy.base, policy.doubts.
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Final
 
 from realtime_bridge.claims import Claims
 from realtime_bridge.policy.base import Member
-from realtime_bridge.policy.references import uid_of
+from realtime_bridge.policy.doubts import uid_of
 
 ABSENT_SECONDS: Final = 60.0
 """For so long what is known of a member is kept after it has left: a long poll comes back, and so does a page."""

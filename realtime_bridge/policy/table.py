@@ -72,7 +72,7 @@ class Table:
         """Decide by this from now on. Members are to be sorted in anew."""
         self.decision = decision
         self.refusals = decision.refusals
-        self.index = AudienceIndex(decision.predicates, _names(decision.types))
+        self.index = AudienceIndex(decision.predicates, _names(decision.table.columns))
         self.asked = frozenset[Asked]().union(*(predicate.asked for predicate in decision.predicates.values()))
         self.deciders.clear()
         self.doubtful = False
@@ -129,11 +129,11 @@ class Table:
         """A digest of what decides what a member sees, as `Policy.digest`."""
         if self.doubtful:
             return ""
-        role = member.claims.role
-        decision = self.decision or Decision(repr(self.rule))
+        role, decision = member.claims.role, self.decision
+        decided = (repr(self.rule), None) if decision is None else (decision.digest, decision.columns.get(role))
         names = {fact.sql for fact in self.facts}
         known = {name: value for name, value in member.facts.items() if name in names}
-        return digest_of(decision.digest, self.refusals.get(role), decision.columns.get(role), known)
+        return digest_of(*decided, self.refusals.get(role), known)
 
     def _log(self) -> None:
         for refusal in dict.fromkeys(self.refusals.values()):

@@ -15,8 +15,8 @@ LAYERS = [
         "pure",
         [
             *("values", "canonical", "filters", "pgoutput", "wire"),
-            *("policy.expression", "policy.nodes", "policy.dependence", "policy.membership", "policy.reading"),
-            *("policy.ordering", "policy.predicate", "policy.compiler"),
+            *("policy.expression", "policy.nodes", "policy.dependence", "policy.keeping", "policy.membership"),
+            *("policy.reading", "policy.ordering", "policy.predicate", "policy.compiler"),
         ],
     ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
