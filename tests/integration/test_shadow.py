@@ -1,4 +1,4 @@
-"""A sample of what was decided is compared with Postgres. Faults of the compiler are found, and newer facts are none."""
+"""A sample of decisions is compared with Postgres: faults of the compiler are found, and newer facts are none."""
 
 import asyncio
 import uuid
