@@ -42,6 +42,7 @@ from realtime_bridge.transports.websocket import WebSocketEndpoint
 
 if TYPE_CHECKING:  # sources and the Redis broker take a while to import, and no process needs all of them
     from realtime_bridge.broker.redis import RedisBroker
+    from realtime_bridge.sources.slot_watch import SlotWatch
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Running:
     ingest: Ingest
     policy: PolicyEngine
     database: Database | None
+    slot: "SlotWatch | None"
     tickets: Tickets
     websocket: WebSocketEndpoint
     events: EventsEndpoint
@@ -142,6 +144,8 @@ class Bridge:
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             tasks.forever("ingest", running.ingest.run)
+            if running.slot is not None:
+                tasks.forever("slot", running.slot.run)
             if policy.shadow is not None:
                 tasks.forever("shadow", policy.shadow.run)
             if self._keys is not None:
@@ -175,7 +179,8 @@ class Bridge:
         credentials = Credentials(self.verifier.verify, tickets, settings.token_in_query)
         websocket = WebSocketEndpoint(hub, credentials, self.allows, tasks.spawn, settings.send_buffer_bytes)
         events = EventsEndpoint(hub, credentials, draining, settings.send_buffer_bytes)
-        return Running(broker, hub, ingest, policy, database, tickets, websocket, events, draining)
+        slot = make_slot_watch(settings)
+        return Running(broker, hub, ingest, policy, database, slot, tickets, websocket, events, draining)
 
     def drain(self) -> None:
         """Take no new connections, and answer every poll that waits. Idempotent."""
@@ -245,6 +250,9 @@ class Bridge:
             yield "counter", "policy_compared", "Decisions compared with Postgres' own, as a sample.", checked
             yield "counter", "policy_mismatches", "Policies that were decided otherwise than by Postgres.", mismatches
         yield "counter", "slices_from_broker", "Slices read from the broker.", counters.caught_up_from_broker
+        if self._running.slot is not None:
+            kept = self._running.slot.kept_bytes
+            yield "gauge", "slot_kept_bytes", "WAL that Postgres keeps because of the replication slot.", kept
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
 
@@ -398,6 +406,20 @@ def make_source(
     assert settings.supabase_url is not None, "settings.require has looked"
     keys = None if database is None else database.primary_key
     return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables, keys=keys)
+
+
+def make_slot_watch(settings: Settings) -> "SlotWatch | None":
+    """What keeps the slot from filling the disk, with these settings."""
+    if settings.source_kind != "postgres":
+        return None
+    from realtime_bridge.sources.slot_watch import SlotWatch
+
+    return SlotWatch(
+        _secret(settings.database_url),
+        settings.slot,
+        most_bytes=settings.slot_bytes,
+        namespace=settings.namespace,
+    )
 
 
 def _secret(value: Any) -> str:
