@@ -904,6 +904,28 @@ async def test_one_long_history_leaves_turns_to_others() -> None:
         assert reader.keys == list(range(4000))
 
 
+async def test_of_large_entries_no_more_is_decided_than_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as world:
+        start = world.hub.position
+        for n in range(1, 11):
+            await world.append(insert(n, mood="x" * 40_000))
+            await world.append(insert(-n, BOB, mood="x" * 40_000))
+        await world.settled()
+        decided = 0
+        verdicts = world.policy.verdicts
+
+        async def counted(entries: Sequence[Entry], member: Member) -> list[Verdict]:
+            nonlocal decided
+            decided += len(entries)
+            return await verdicts(entries, member)
+
+        monkeypatch.setattr(world.policy, "verdicts", counted)
+        _, reader = await world.connect(position=start)
+        await eventually(lambda: len(reader.keys) == 10)
+        assert reader.keys == list(range(1, 11))
+        assert decided == 20
+
+
 async def test_many_polls_leave_turns_to_others() -> None:
     async with running() as world:
         start = world.hub.position
