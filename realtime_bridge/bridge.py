@@ -24,6 +24,7 @@ from realtime_bridge.broker.base import Broker
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, UnavailableError
+from realtime_bridge.guarantee import Flow, Guarantor
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.ingest import Ingest
 from realtime_bridge.jwks import GetUser, JwksKeySet
@@ -70,6 +71,7 @@ class Running:
     policy: PolicyEngine
     database: Database | None
     slot: "SlotWatch | None"
+    guarantor: Guarantor
     tickets: Tickets
     websocket: WebSocketEndpoint
     events: EventsEndpoint
@@ -144,6 +146,7 @@ class Bridge:
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             tasks.forever("ingest", running.ingest.run)
+            tasks.forever("guarantee", running.guarantor.run)
             if running.slot is not None:
                 tasks.forever("slot", running.slot.run)
             if policy.shadow is not None:
@@ -180,7 +183,8 @@ class Bridge:
         websocket = WebSocketEndpoint(hub, credentials, self.allows, tasks.spawn, settings.send_buffer_bytes)
         events = EventsEndpoint(hub, credentials, draining, settings.send_buffer_bytes)
         slot = make_slot_watch(settings)
-        return Running(broker, hub, ingest, policy, database, slot, tickets, websocket, events, draining)
+        guarantor = make_guarantor(settings, broker, hub)
+        return Running(broker, hub, ingest, policy, database, slot, guarantor, tickets, websocket, events, draining)
 
     def drain(self) -> None:
         """Take no new connections, and answer every poll that waits. Idempotent."""
@@ -379,6 +383,12 @@ def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
         history_bytes=bytes_,
         history_seconds=seconds,
     )
+
+
+def make_guarantor(settings: Settings, broker: "RedisBroker | MemoryBroker", hub: Hub) -> Guarantor:
+    """Who says what is survived with these settings."""
+    ask = None if isinstance(broker, MemoryBroker) else broker.durability
+    return Guarantor(settings, ask, lambda: Flow(hub.counters.entries, hub.counters.entry_bytes))
 
 
 def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:

@@ -27,6 +27,7 @@ class Counters:
 
     delivered: int = 0
     entries: int = 0
+    entry_bytes: int = 0
     resyncs: int = 0
     fell_behind: int = 0
     undecided: int = 0
