@@ -353,18 +353,17 @@ def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
 
 def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
     """Where the history is kept with these settings."""
-    size, bytes_, seconds = settings.history_size, settings.history_bytes, settings.history_seconds
+    limits: Any = {  # of several types
+        "history_size": settings.history_size,
+        "history_bytes": settings.history_bytes,
+        "history_seconds": settings.history_seconds,
+        "row_index_bytes": settings.row_index_bytes,
+    }
     if settings.redis_url is None:
-        return MemoryBroker(history_size=size, history_bytes=bytes_, history_seconds=seconds)
+        return MemoryBroker(**limits)
     from realtime_bridge.broker.redis import RedisBroker
 
-    return RedisBroker(
-        settings.redis_url.get_secret_value(),
-        namespace=settings.namespace,
-        history_size=size,
-        history_bytes=bytes_,
-        history_seconds=seconds,
-    )
+    return RedisBroker(settings.redis_url.get_secret_value(), namespace=settings.namespace, **limits)
 
 
 def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:

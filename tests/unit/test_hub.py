@@ -98,7 +98,9 @@ class ForkingBroker(MemoryBroker):
     """A broker in memory that can lose its newest entries as a failover does."""
 
     def __init__(self, *, history_size: int = 1000) -> None:
-        super().__init__(history_size=history_size, history_bytes=1 << 20, history_seconds=3600)
+        super().__init__(
+            history_size=history_size, history_bytes=1 << 20, history_seconds=3600, row_index_bytes=1 << 20
+        )
         self.forks: list[tuple[str, int]] = []
         self.batch = 500
         self.down = False
