@@ -33,7 +33,7 @@ from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.routes import make_router
 from realtime_bridge.settings import Settings
-from realtime_bridge.sources.base import Source
+from realtime_bridge.sources.base import Source, TableReader
 from realtime_bridge.tickets import MemoryTicketStore, RedisTicketStore, Tickets, TicketStore
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import Credentials, origin_allowed
@@ -167,7 +167,14 @@ class Bridge:
             ping_seconds=settings.ping_seconds,
             resync_seconds=settings.resync_seconds,
         )
-        ingest = Ingest(source, broker, namespace=settings.namespace, ttl=settings.takeover_seconds * 0.6)
+        ingest = Ingest(
+            source,
+            broker,
+            make_table_reader(settings, database),
+            tables=settings.tables,
+            namespace=settings.namespace,
+            ttl=settings.takeover_seconds * 0.6,
+        )
         draining = asyncio.Event()
         tickets = Tickets(make_ticket_store(broker), self.verifier.verify)
         credentials = Credentials(self.verifier.verify, tickets, settings.token_in_query)
@@ -239,6 +246,11 @@ class Bridge:
             policy.knowledge.failed,
         )
         yield "counter", "slices_from_broker", "Slices read from the broker.", counters.caught_up_from_broker
+        rows = ingest.state.rows
+        yield "counter", "old_rows_unknown", "Changes whose old row could not be had.", rows.unknown
+        yield "gauge", "row_index_bytes", "Size of the row index.", rows.size
+        yield "gauge", "row_index_left_out", "Rows for which the row index has no room.", rows.left_out
+        yield "gauge", "row_index_unread_tables", "Tables not all of whose rows are in the row index yet.", rows.unread
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
 
@@ -391,6 +403,18 @@ def make_source(
     assert settings.supabase_url is not None, "settings.require has looked"
     keys = None if database is None else database.primary_key
     return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables, keys=keys)
+
+
+def make_table_reader(settings: Settings, database: Database | None) -> TableReader:
+    """Who reads the tables themselves with these settings."""
+    if database is None:
+        from realtime_bridge.sources.supabase_tables import SupabaseTables
+
+        assert settings.supabase_url is not None, "settings.require has looked"
+        return SupabaseTables(settings.supabase_url, _secret(settings.supabase_key))
+    from realtime_bridge.sources.database_tables import DatabaseTables
+
+    return DatabaseTables(database.transaction, settings.publication if settings.source_kind == "postgres" else None)
 
 
 def _secret(value: Any) -> str:

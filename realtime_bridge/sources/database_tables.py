@@ -19,7 +19,6 @@ from realtime_bridge.change import Column, Image, Relation
 from realtime_bridge.errors import ForbiddenError, SourceError
 from realtime_bridge.sources.base import TEXT_BYTES, Page
 from realtime_bridge.sources.postgres_catalog import TYPES
-from realtime_bridge.sources.replication import PINNED
 
 Connection: TypeAlias = "PoolConnectionProxy[Any]"
 Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
@@ -76,7 +75,7 @@ class DatabaseTables:
     async def _page(self, relation: Relation, keys: Image) -> Sequence[Any]:
         """The rows behind a key."""
         async with self._connect() as connection:
-            await connection.execute(_PREPARE)
+            await connection.execute(_SEE_ALL_OR_FAIL)
             known = await connection.fetch(_KNOWN, relation.schema, relation.table)
             types = {row["name"]: row["type"] for row in known}
             if not types.keys() >= relation.index.keys():
@@ -105,9 +104,7 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-_PREPARE: Final = "SELECT set_config('row_security', 'off', true), " + ", ".join(
-    f"set_config('{name}', '{value}', true)" for name, value in PINNED.items()
-)
+_SEE_ALL_OR_FAIL: Final = "SELECT set_config('row_security', 'off', true)"
 
 _TEXT: Final = "format('%s', {0})"
 
