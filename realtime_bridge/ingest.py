@@ -100,6 +100,7 @@ class Ingest:
             raise _first(group) from group
         finally:
             self.state.leading = self.state.reading = False
+            self.state.rows = IndexState(unknown=self.state.rows.unknown)
             await self._release(token)
 
     async def _release(self, token: str) -> None:

@@ -100,6 +100,9 @@ class RowIndex:
 
     Nothing of it is believed from memory but what the source has told: each step asks the broker.
 
+    Args:
+        tables: `schema.table` each; what is not among them is left as the source brings it.
+
     Attributes:
         turn: held from reading rows to the append that changes them.
         begun: the source is read, from behind everything that the index shows.
@@ -132,7 +135,7 @@ class RowIndex:
         for body in bodies:
             if isinstance(body, Control):
                 wanted |= {table: wanted.get(table, {NOTE}) for table in self._concerned(body)}
-            elif is_indexed(body.relation):
+            elif self._keeps(body.relation):
                 fields = wanted.setdefault(body.relation.name, {NOTE})
                 before = _before(body)
                 if before is not None and (field := field_of(body.relation, before)) is not None:
@@ -148,6 +151,9 @@ class RowIndex:
             return ()
         return self._tables if control.table == "*" else (control.table,)
 
+    def _keeps(self, relation: Relation) -> bool:
+        return is_indexed(relation) and relation.name in self._tables
+
     def _take(self, body: Body, draft: "_Draft") -> Body:
         if isinstance(body, Control):
             for table in self._concerned(body):
@@ -156,7 +162,7 @@ class RowIndex:
         relation = body.relation
         known = self.told.get(relation.name)
         self.told[relation.name] = relation
-        if is_indexed(relation):
+        if self._keeps(relation):
             note = draft.note(relation.name)
             if note is None or note.relation.version != relation.version:
                 self._begin_anew(relation.name, draft, Note(relation, is_whole=False))

@@ -83,9 +83,9 @@ class Seeder:
             is_read = relation is None or await self._read(relation, pace)
         except (BrokerError, LeaseLostError, ForkError):
             raise
-        except BridgeError as error:
+        except Exception as error:  # whatever it is, it does not end the reading of the source
             is_read = False
-            self._report(table, str(error))
+            self._report(table, str(error) if isinstance(error, BridgeError) else type(error).__name__)
         if is_read:
             self._unread.discard(table)
             self._problems.pop(table, None)
@@ -131,7 +131,7 @@ class Seeder:
         generation = await self._begin(relation)
         if generation is None:
             return False
-        pace.step()
+        pace.step(time.monotonic())
         count = 0
         async with aclosing(self._reader.pages(relation)) as pages:
             async for page in pages:
@@ -175,9 +175,8 @@ class _Pace:
         self.next_at = 0.0
         self._pause = _PAUSE_FIRST
 
-    def step(self) -> None:
+    def step(self, now: float) -> None:
         """It is being read."""
-        now = time.monotonic()
         was_quiet = now > self.next_at + _PAUSE_MOST
         self._pause = _PAUSE_FIRST if was_quiet else min(self._pause * 2, _PAUSE_MOST)
         self.next_at = now + self._pause

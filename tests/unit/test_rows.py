@@ -231,11 +231,14 @@ async def test_behind_a_doubt_no_row_is_known_until_it_is_told_or_read_again(con
 
 
 async def test_other_controls_and_other_tables_doubts_change_nothing() -> None:
+    elsewhere = Change("DELETE", replace(POSTS, table="x"), key_only(1), None, 1)
     async with leading() as term:
         await term.append(insert(row(1)))
-        others = [Control("catalog", T), Control("resync", "public.x", "bulk")]
-        await term.append(*others)
+        others: list[Body] = [Control("catalog", T), Control("resync", "public.x", "bulk"), elsewhere]
+        assert await term.append(*others) == others
         assert await term.olds(delete(1)) == [row(1)]
+        assert T in await term.broker.indexed()
+        assert "public.x" not in await term.broker.indexed()
 
 
 async def test_a_truncated_table_needs_no_reading() -> None:
@@ -422,6 +425,31 @@ async def test_a_table_that_cannot_be_read_is_tried_again_and_said_so_once(caplo
         tables.problem = ""
         await term.append(GAP)
         await term.seeded()
+        assert await term.olds(delete(1)) == [row(1)]
+
+
+def test_a_table_that_is_doubted_often_is_read_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "_PAUSE_FIRST", 1.0)
+    monkeypatch.setattr(seeding, "_PAUSE_MOST", 60.0)
+    now = 1000.0
+    pace = seeding._Pace()
+    waits = []
+    for _ in range(9):
+        pace.step(now)
+        waits.append(pace.next_at - now)
+        now = pace.next_at
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    now += 61
+    pace.step(now)
+    assert pace.next_at == now + 1
+
+
+async def test_a_fault_in_reading_a_table_ends_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    tables = Tables()
+    tables.rows = {}  # so that a page is a KeyError
+    async with leading(tables) as term:
+        await term.append(insert(row(1)))
+        await eventually(lambda: "row index cannot be seeded" in caplog.text)
         assert await term.olds(delete(1)) == [row(1)]
 
 
