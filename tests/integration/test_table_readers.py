@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import asyncpg
 import pytest
 
 from realtime_bridge.change import ABSENT, Change, Image, Relation
@@ -15,7 +14,7 @@ from realtime_bridge.sources.database_tables import DatabaseTables
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication
 from realtime_bridge.sources.supabase_tables import SupabaseTables
 from tests.integration.test_postgres_source import read
-from tests.integration.test_supabase_source import SERVICE_KEY, local, streaming
+from tests.integration.test_supabase_source import SERVICE_KEY, connected, local, streaming
 from tests.services import PgBouncer, running
 
 pytestmark = [
@@ -47,15 +46,6 @@ insert into kinds values (
   'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11', '101', 12.34
 )
 """
-
-
-@asynccontextmanager
-async def connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 @asynccontextmanager
