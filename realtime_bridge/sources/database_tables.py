@@ -116,6 +116,7 @@ _SHORT_TEXT: Final = f"""
          ELSE left({_TEXT}, {TEXT_BYTES + 1}) END
 """
 
+# Before Postgres 18 no publication carries generated columns, and 15 names them nevertheless.
 _COLUMNS: Final = """
     SELECT a.attname::text AS name, a.atttypid AS type, a.attnum = ANY (primary_key.columns) AS is_key,
            cardinality(primary_key.columns) AS keys,
@@ -133,7 +134,8 @@ _COLUMNS: Final = """
     LEFT JOIN pg_publication_tables p
         ON p.pubname = $3 AND p.schemaname = n.nspname AND p.tablename = c.relname
     WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')
-      AND CASE WHEN $3 IS NULL THEN a.attgenerated = '' ELSE a.attname = ANY (p.attnames) END
+      AND ($3 IS NULL OR a.attname = ANY (p.attnames))
+      AND (a.attgenerated = '' OR ($3 IS NOT NULL AND current_setting('server_version_num')::int >= 180000))
     ORDER BY a.attnum
 """
 
