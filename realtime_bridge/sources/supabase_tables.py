@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
 
@@ -46,7 +47,7 @@ class SupabaseTables:
 
     async def pages(self, relation: Relation) -> AsyncGenerator[Page, None]:
         """See `TableReader.pages`."""
-        headers = {**self._headers, "Accept-Profile": relation.schema}
+        headers = httpx.Headers({**self._headers, "Accept-Profile": relation.schema}, encoding="utf-8")
         async with httpx.AsyncClient(base_url=self._url, headers=headers, timeout=_TIMEOUT) as client:
             behind: Sequence[str] = ()
             limit = FIRST_ROWS
@@ -74,7 +75,7 @@ class SupabaseTables:
         self, client: httpx.AsyncClient, table: str, query: Sequence[Condition]
     ) -> tuple[list[dict[str, Any]], int]:
         try:
-            answer = await client.get(table, params=list(query))
+            answer = await client.get(quote(table, safe=""), params=list(query))
             answer.raise_for_status()
             return json.loads(answer.content), len(answer.content)
         except httpx.HTTPStatusError as error:
