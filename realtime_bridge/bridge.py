@@ -249,7 +249,7 @@ class Bridge:
         rows = ingest.state.rows
         yield "counter", "old_rows_unknown", "Changes whose old row could not be had.", rows.unknown
         yield "gauge", "row_index_bytes", "Size of the row index.", rows.size
-        yield "gauge", "row_index_left_out", "Rows for which the row index has no room.", rows.left_out
+        yield "gauge", "row_index_left_out", "Rows met that found no room in the row index.", rows.left_out
         yield "gauge", "row_index_unread_tables", "Tables not all of whose rows are in the row index yet.", rows.unread
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
