@@ -34,7 +34,7 @@ from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.routes import make_router
 from realtime_bridge.settings import Settings
-from realtime_bridge.sources.base import Source
+from realtime_bridge.sources.base import Source, TableReader
 from realtime_bridge.tickets import MemoryTicketStore, RedisTicketStore, Tickets, TicketStore
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import Credentials, origin_allowed
@@ -176,7 +176,14 @@ class Bridge:
             ping_seconds=settings.ping_seconds,
             resync_seconds=settings.resync_seconds,
         )
-        ingest = Ingest(source, broker, namespace=settings.namespace, ttl=settings.takeover_seconds * 0.6)
+        ingest = Ingest(
+            source,
+            broker,
+            make_table_reader(settings, database),
+            tables=settings.tables,
+            namespace=settings.namespace,
+            ttl=settings.takeover_seconds * 0.6,
+        )
         draining = asyncio.Event()
         tickets = Tickets(make_ticket_store(broker), self.verifier.verify)
         credentials = Credentials(self.verifier.verify, tickets, settings.token_in_query)
@@ -257,6 +264,11 @@ class Bridge:
         if self._running.slot is not None:
             kept = self._running.slot.kept_bytes
             yield "gauge", "slot_kept_bytes", "WAL that Postgres keeps because of the replication slot.", kept
+        rows = ingest.state.rows
+        yield "counter", "old_rows_unknown", "Changes whose old row could not be had.", rows.unknown
+        yield "gauge", "row_index_bytes", "Size of the row index.", rows.size
+        yield "gauge", "row_index_left_out", "Rows met that found no room in the row index.", rows.left_out
+        yield "gauge", "row_index_unread_tables", "Tables not all of whose rows are in the row index yet.", rows.unread
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
 
@@ -371,18 +383,17 @@ def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
 
 def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
     """Where the history is kept with these settings."""
-    size, bytes_, seconds = settings.history_size, settings.history_bytes, settings.history_seconds
+    limits: Any = {  # of several types
+        "history_size": settings.history_size,
+        "history_bytes": settings.history_bytes,
+        "history_seconds": settings.history_seconds,
+        "row_index_bytes": settings.row_index_bytes,
+    }
     if settings.redis_url is None:
-        return MemoryBroker(history_size=size, history_bytes=bytes_, history_seconds=seconds)
+        return MemoryBroker(**limits)
     from realtime_bridge.broker.redis import RedisBroker
 
-    return RedisBroker(
-        settings.redis_url.get_secret_value(),
-        namespace=settings.namespace,
-        history_size=size,
-        history_bytes=bytes_,
-        history_seconds=seconds,
-    )
+    return RedisBroker(settings.redis_url.get_secret_value(), namespace=settings.namespace, **limits)
 
 
 def make_guarantor(settings: Settings, broker: "RedisBroker | MemoryBroker", hub: Hub) -> Guarantor:
@@ -430,6 +441,18 @@ def make_slot_watch(settings: Settings) -> "SlotWatch | None":
         most_bytes=settings.slot_bytes,
         namespace=settings.namespace,
     )
+
+
+def make_table_reader(settings: Settings, database: Database | None) -> TableReader:
+    """Who reads the tables themselves with these settings."""
+    if database is None:
+        from realtime_bridge.sources.supabase_tables import SupabaseTables
+
+        assert settings.supabase_url is not None, "settings.require has looked"
+        return SupabaseTables(settings.supabase_url, _secret(settings.supabase_key))
+    from realtime_bridge.sources.database_tables import DatabaseTables
+
+    return DatabaseTables(database.transaction, settings.publication if settings.source_kind == "postgres" else None)
 
 
 def _secret(value: Any) -> str:

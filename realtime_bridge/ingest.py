@@ -1,6 +1,6 @@
 """Source → broker, while this process holds the lease.
 
-Layer: core. May import: words, sources.base, broker.base.
+Layer: core. May import: words, sources.base, broker.base, rows, seeding.
 """
 
 import asyncio
@@ -8,12 +8,15 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.errors import BridgeError, BrokerError, ConfigurationError, ForkError, LeaseLostError
-from realtime_bridge.sources.base import Source, SourceBatch, SourceStream
+from realtime_bridge.rows import IndexState, RowIndex
+from realtime_bridge.seeding import Seeder
+from realtime_bridge.sources.base import Source, SourceBatch, SourceStream, TableReader
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +44,27 @@ class IngestState:
     appended: int = 0
     restarts: int = 0
     batch_at: float = field(default=0.0)
+    rows: IndexState = field(default_factory=IndexState)
 
 
 class Ingest:
     """Copies changes from the source into the broker whenever this process leads.
 
     Args:
+        reader: of the tables, for rows that have not changed yet.
+        tables: `schema.table` each.
         ttl: seconds for which the lease holds without being extended.
         namespace: with the fencing token, the name by which a successor recognises this reader.
     """
 
-    def __init__(self, source: Source, broker: Broker, *, namespace: str, ttl: float) -> None:
+    def __init__(
+        self, source: Source, broker: Broker, reader: TableReader, *, tables: Sequence[str], namespace: str, ttl: float
+    ) -> None:
         self.state = IngestState()
         self._source = source
         self._broker = broker
+        self._reader = reader
+        self._tables = tables
         self._namespace = namespace
         self._ttl = ttl
 
@@ -77,16 +87,20 @@ class Ingest:
 
     async def _lead(self) -> None:
         token = await self._broker.acquire_lease(ttl=self._ttl)
+        rows = RowIndex(self._broker, self._tables, self.state.rows)
+        seeder = Seeder(self._broker, self._reader, rows, self._tables, self.state.rows, token)
         self.state.leading = True
         logger.info("leading", extra={"token": token})
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._broker.keep_lease(token, ttl=self._ttl), name="lease")
-                tasks.create_task(self._copy(token), name="copy")
+                tasks.create_task(self._copy(token, rows), name="copy")
+                tasks.create_task(seeder.run(), name="seed")
         except* BridgeError as group:
             raise _first(group) from group
         finally:
             self.state.leading = self.state.reading = False
+            self.state.rows = IndexState(unknown=self.state.rows.unknown)
             await self._release(token)
 
     async def _release(self, token: str) -> None:
@@ -95,7 +109,7 @@ class Ingest:
         except BrokerError:
             logger.warning("lease not released, it runs out by itself", extra={"token": token})
 
-    async def _copy(self, token: str) -> None:
+    async def _copy(self, token: str, rows: RowIndex) -> None:
         after = await self._broker.watermark()
         owner = f"{self._namespace}/{token}"
         async with self._source.open(after, owner=owner) as stream:
@@ -104,25 +118,24 @@ class Ingest:
                 if not self.state.reading:
                     self.state.reading, self.state.problem = True, ""
                     logger.info("reading the source", extra={"source": self._source.name})
-                await self._append(token, batch)
+                await self._append(token, batch, rows)
+                rows.begun.set()
                 self.state.batch_at = time.time()
                 trail.note(batch.acknowledge)
 
-    async def _append(self, token: str, batch: SourceBatch) -> None:
-        bodies = batch.bodies
-        for start in range(0, len(bodies), APPEND_MOST):
-            chunk = bodies[start : start + APPEND_MOST]
-            last = start + len(chunk) == len(bodies)
-            watermark = batch.watermarks[start + len(chunk) - 1]
-            await self._broker.append(
-                token,
-                chunk,
-                watermark=(batch.watermark or watermark) if last else watermark,
-                proven_until=batch.proven_until if last else None,
-            )
-        if not bodies and (batch.watermark or batch.proven_until is not None):
-            await self._broker.append(token, (), watermark=batch.watermark, proven_until=batch.proven_until)
-        self.state.appended += len(bodies)
+    async def _append(self, token: str, batch: SourceBatch, rows: RowIndex) -> None:
+        count = len(batch.bodies)
+        if not (count or batch.watermark or batch.proven_until is not None):
+            return
+        for start in range(0, count or 1, APPEND_MOST):
+            end = min(start + APPEND_MOST, count)
+            watermark, proven_until = (batch.watermarks[end - 1] if end else ""), None
+            if end == count:
+                watermark, proven_until = batch.watermark or watermark, batch.proven_until
+            async with rows.turn:
+                bodies, changes = await rows.complete(batch.bodies[start:end])
+                await self._broker.append(token, bodies, watermark=watermark, proven_until=proven_until, rows=changes)
+        self.state.appended += count
 
     def _report(self, error: BridgeError) -> None:
         self.state.restarts += 1

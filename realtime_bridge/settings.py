@@ -108,7 +108,9 @@ class Settings(BaseSettings):
     fact_seconds: NonNegativeFloat = Field(
         5, description="Time to live of facts that cannot be followed; 0: asked each time."
     )
-    row_index_bytes: PositiveInt = Field(256 * 2**20, description="Memory for the row index.")
+    row_index_bytes: PositiveInt = Field(
+        256 * 2**20, description="Bytes of the row index, which knows old rows that the source does not bring."
+    )
     repair_column: str = Field("updated_at", description="Column by which rows are read back after a gap.")
     canary_table: str | None = Field(None, description="Table whose changes prove the way alive.")
     supabase_deletes: bool = Field(False, description="Send DELETE keys to everyone, as Supabase does.")

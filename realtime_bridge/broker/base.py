@@ -5,10 +5,13 @@ predecessor than it has seen knows that the history was cut back and went on dif
 *epoch* whose parent is the old one: positions of the parent up to the fork stay valid, later ones rewind to it. A
 history that is gone makes an epoch without parent: no older position is valid.
 
+Beside the history lies the *row index*: for each table a bounded store of texts. The leader chooses their fields, and
+they change in the same step as the history does: an append that is lost loses what it wrote there, too.
+
 Layer: adapters (contract). May import: words.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol, Self
@@ -97,6 +100,40 @@ class Sight(NamedTuple):
     before: str = ""
 
 
+NOTE: Final = ""
+"""The field of a table in the row index that its bound does not concern: what the leader notes of the table."""
+FIELD_BYTES: Final = 64
+"""What a field is taken to cost beside its name and its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowChange:
+    """One change of the row index.
+
+    Attributes:
+        field: None: every field of the table is forgotten, the note, too.
+        text: None: the field is forgotten.
+        only_new: a field that is there already is left as it is.
+    """
+
+    table: str
+    field: str | None = None
+    text: bytes | None = None
+    only_new: bool = False
+
+
+class IndexedTable(NamedTuple):
+    """What the row index holds of a table.
+
+    Attributes:
+        size: bytes, as its bound counts them.
+        left_out: new fields that found no room, since the table was forgotten last.
+    """
+
+    size: int
+    left_out: int
+
+
 class Broker(Protocol):
     """Keeps the history, tells followers of news, and lets exactly one process lead.
 
@@ -131,22 +168,33 @@ class Broker(Protocol):
         *,
         watermark: str = "",
         proven_until: float | None = None,
+        rows: Sequence[RowChange] = (),
     ) -> Head:
-        """Append bodies as the next entries, trim, and notify, in one atomic step.
+        """Append bodies as the next entries, trim, change the row index, and notify, in one atomic step.
 
-        With no bodies only `watermark` and `proven_until` are stored and told.
+        With no bodies only `watermark` and `proven_until` are stored and told, and the row index is changed.
 
         Args:
             token: fencing token; checked in the same step.
             bodies: at most 1000.
             watermark: stored in the same step; empty leaves the stored one as it is.
             proven_until: as in `Head`; never moves backwards.
+            rows: in this order. A new field that would make the row index larger than its bound is left out; one that
+                is there may still grow.
 
         Raises:
             LeaseLostError: a later token exists; nothing was appended.
             ForkError: the history is not the continuation of what this broker object appended or followed before;
                 nothing was appended, a new epoch stands, and the source should be opened again after `watermark()`.
         """
+        ...
+
+    async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
+        """The texts of at most 1000 fields of a table in the row index, None for each that is not there."""
+        ...
+
+    async def indexed(self) -> Mapping[str, IndexedTable]:
+        """The tables of which the row index holds anything."""
         ...
 
     async def watermark(self) -> str | None:

@@ -6,12 +6,24 @@ Layer: adapters. May import: change, errors, broker.base.
 import asyncio
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, NoReturn, Self
 
-from realtime_bridge.broker.base import MOST_SIGHTS, SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Head, Sight, Update
+from realtime_bridge.broker.base import (
+    FIELD_BYTES,
+    MOST_SIGHTS,
+    NOTE,
+    SIGHT_SECONDS,
+    SIGHTS_OF_A_TABLE,
+    Head,
+    IndexedTable,
+    RowChange,
+    Sight,
+    Update,
+)
 from realtime_bridge.change import Body, Entry, Position, encode_body
 from realtime_bridge.errors import HistoryGoneError, LeaseLostError
 
@@ -34,6 +46,48 @@ class _Seen:
     told_at: float
 
 
+class _RowIndex:
+    """Texts by table and field; see `RowChange`. It never gets larger than `most` by a new field, but for the notes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._texts: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
+        self._tables: defaultdict[str, IndexedTable] = defaultdict(lambda: IndexedTable(0, 0))
+
+    def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
+        texts = self._texts.get(table, {})
+        return [texts.get(field) for field in fields]
+
+    def indexed(self) -> dict[str, IndexedTable]:
+        return {name: table for name, table in self._tables.items() if any(table)}
+
+    def change(self, change: RowChange) -> None:
+        if change.field is None:
+            self._texts.pop(change.table, None)
+            self._tables.pop(change.table, None)
+            return
+        texts, (size, left_out) = self._texts[change.table], self._tables[change.table]
+        before = texts.get(change.field)
+        if before is not None and change.only_new:
+            return
+        growth = _cost(change.field, change.text) - _cost(change.field, before)
+        if change.text is None:
+            texts.pop(change.field, None)
+        elif before is None and change.field != NOTE and self._size + growth > self._most:
+            left_out, growth = left_out + 1, 0
+        else:
+            texts[change.field] = change.text
+        self._tables[change.table] = IndexedTable(size + growth, left_out)
+
+    @property
+    def _size(self) -> int:
+        return sum(table.size for table in self._tables.values())
+
+
+def _cost(field: str, text: bytes | None) -> int:
+    return 0 if text is None else len(field.encode()) + len(text) + FIELD_BYTES
+
+
 class MemoryBroker:
     """Broker of one process. An instance belongs to one event loop.
 
@@ -41,6 +95,7 @@ class MemoryBroker:
         history_size: entries kept.
         history_bytes: bytes of encoded bodies kept.
         history_seconds: age of the oldest entry kept. Trimmed by appends, empty ones too.
+        row_index_bytes: bound of the row index.
         clock: seconds since 1970.
     """
 
@@ -50,12 +105,14 @@ class MemoryBroker:
         history_size: int,
         history_bytes: int,
         history_seconds: float,
+        row_index_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._size = history_size
         self._most_bytes = history_bytes
         self._seconds = history_seconds
         self._clock = clock
+        self._index = _RowIndex(row_index_bytes)
         self._epoch = secrets.token_hex(4)
         self._held: dict[int, _Held] = {}
         self._bytes = 0
@@ -112,6 +169,7 @@ class MemoryBroker:
         *,
         watermark: str = "",
         proven_until: float | None = None,
+        rows: Sequence[RowChange] = (),
     ) -> Head:
         """See `Broker.append`."""
         assert len(bodies) <= 1000
@@ -125,6 +183,8 @@ class MemoryBroker:
             self._bytes += entry.size
             self._number, self._id = entry.number, entry.id
         self._trim(keep=len(bodies))
+        for change in rows:
+            self._index.change(change)
         self._watermark = watermark or self._watermark
         self._proven_until = max(self._proven_until, proven_until or 0.0)
         self._appended = _wake(self._appended)
@@ -142,6 +202,14 @@ class MemoryBroker:
     @property
     def _first(self) -> int:
         return self._number - len(self._held) + 1
+
+    async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
+        """See `Broker.rows`."""
+        return self._index.rows(table, fields)
+
+    async def indexed(self) -> dict[str, IndexedTable]:
+        """See `Broker.indexed`."""
+        return self._index.indexed()
 
     async def watermark(self) -> str | None:
         """See `Broker.watermark`."""

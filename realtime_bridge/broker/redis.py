@@ -16,7 +16,17 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NoReturn, Self
 
-from realtime_bridge.broker.base import MOST_SIGHTS, SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Durability, Head, Sight, Update
+from realtime_bridge.broker.base import (
+    MOST_SIGHTS,
+    SIGHT_SECONDS,
+    SIGHTS_OF_A_TABLE,
+    Durability,
+    Head,
+    IndexedTable,
+    RowChange,
+    Sight,
+    Update,
+)
 from realtime_bridge.broker.redis_follower import Follower
 from realtime_bridge.broker.redis_history import RedisHistory, parse_head
 from realtime_bridge.broker.redis_link import Link
@@ -76,17 +86,25 @@ class RedisBroker:
         history_size: entries kept.
         history_bytes: bytes of encoded bodies kept.
         history_seconds: age of the oldest entry kept. Trimmed by appends, empty ones too.
+        row_index_bytes: bound of the row index.
 
     Raises:
         ConfigurationError: the url is of none of the forms.
     """
 
     def __init__(
-        self, url: str, *, namespace: str, history_size: int, history_bytes: int, history_seconds: float
+        self,
+        url: str,
+        *,
+        namespace: str,
+        history_size: int,
+        history_bytes: int,
+        history_seconds: float,
+        row_index_bytes: int,
     ) -> None:
         self._link = Link(parse_redis_url(url), namespace)
         self._history = RedisHistory(self._link)
-        self._limits = (history_size, history_bytes, int(history_seconds * 1000), NOTIFY_BYTES)
+        self._limits = (history_size, history_bytes, int(history_seconds * 1000), NOTIFY_BYTES, row_index_bytes)
         self._sight_limits = (int(history_seconds), MOST_SIGHTS, int(SIGHT_SECONDS), SIGHTS_OF_A_TABLE)
         self._sent_in = ""
         self._sent: set[str] = set()
@@ -163,6 +181,7 @@ class RedisBroker:
         *,
         watermark: str = "",
         proven_until: float | None = None,
+        rows: Sequence[RowChange] = (),
     ) -> Head:
         """See `Broker.append`.
 
@@ -172,7 +191,7 @@ class RedisBroker:
         assert len(bodies) <= 1000
         if _random_part(token) in self._given_up:
             raise LeaseLostError("the lease was given up when an append was cut off")
-        batch = _Batch(token, bodies, watermark, "" if proven_until is None else repr(proven_until))
+        batch = _Batch(token, bodies, watermark, "" if proven_until is None else repr(proven_until), rows)
         try:
             return await self._append(batch)
         except (LeaseLostError, ForkError):
@@ -188,7 +207,8 @@ class RedisBroker:
             mark = self._history.trail.mark
             known = self._sent if self._sent_in == mark[0] else set()
             arguments = batch.arguments(mark, self._limits, known)
-            status, head = parse_head(await self._link.script("append", *arguments, carries=batch.size))
+            answer = await self._link.script("append", *arguments, tables=batch.tables, carries=batch.size)
+            status, head = parse_head(answer)
             if status == "ok":
                 self._note(head, batch, mark)
                 return head
@@ -225,6 +245,17 @@ class RedisBroker:
         common = view.lineage.common(epoch)
         if common is None or common < number:
             raise ForkError(common or 0)
+
+    async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
+        """See `Broker.rows`."""
+        found: list[bytes | None] = await self._link.script("rows", *fields, tables=[table])
+        return found or [None] * len(fields)
+
+    async def indexed(self) -> dict[str, IndexedTable]:
+        """See `Broker.indexed`."""
+        found = await self._link.command("HGETALL", self._link.index)
+        names = {key: key.decode().removeprefix(f"{self._link.index}:") for key in found}
+        return {names[key]: IndexedTable(*map(int, sizes.split())) for key, sizes in found.items()}
 
     async def watermark(self) -> str | None:
         """See `Broker.watermark`."""
@@ -307,10 +338,13 @@ class _Batch:
     Attributes:
         ids: of the entries that they become.
         relations: by version, those that the bodies need.
-        size: bytes of the encoded bodies.
+        tables: those whose rows change in the row index.
+        size: bytes of the encoded bodies and of the rows.
     """
 
-    def __init__(self, token: str, bodies: Sequence[Body], watermark: str, proven_until: str) -> None:
+    def __init__(
+        self, token: str, bodies: Sequence[Body], watermark: str, proven_until: str, rows: Sequence[RowChange]
+    ) -> None:
         nonce = secrets.token_hex(6)
         self.bodies = [encode_body(body) for body in bodies]
         self.ids = [f"{nonce}.{ordinal}" for ordinal in range(len(bodies))]
@@ -318,12 +352,15 @@ class _Batch:
         for body in bodies:
             if isinstance(body, Change):
                 self.relations[body.relation.version] = body.relation
-        self.size = sum(map(len, self.bodies))
+        self.tables = list(dict.fromkeys(row.table for row in rows))
+        self.size = sum(map(len, self.bodies)) + sum(len(row.text or b"") for row in rows)
+        self._rows = rows
         self._token = token
         self._told = (nonce, watermark, proven_until)
 
     def arguments(self, mark: Mark, limits: tuple[int, ...], known: Set[str]) -> list[str | bytes | int]:
         """As lua/append.lua takes them, with the relations that Redis does not know yet."""
+        places = {table: place for place, table in enumerate(reversed(self.tables))}
         new = {version: relation.encoded for version, relation in self.relations.items() if version not in known}
         return [
             self._token,
@@ -333,10 +370,21 @@ class _Batch:
             len(self.relations),
             len(new),
             len(self.bodies),
+            len(self._rows),
             *self.relations,
             *(word for pair in new.items() for word in pair),
             *self.bodies,
+            *(word for row in self._rows for word in (places[row.table], _what(row), row.field or "", row.text or "")),
         ]
+
+
+def _what(row: RowChange) -> str:
+    """What lua/append.lua does for a change of the row index."""
+    if row.field is None:
+        return "forget all"
+    if row.text is None:
+        return "forget"
+    return "put new" if row.only_new else "put"
 
 
 def _random_part(token: str) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
 from importlib import resources
@@ -46,6 +46,7 @@ _KEYS: Final = (
     "tickets-touched",
     "sights",
     "sights-told",
+    "rows",
 )
 """What a namespace holds, in the order in which lua/common.lua names it."""
 
@@ -54,7 +55,7 @@ Client: TypeAlias = "Redis | RedisCluster"
 
 _IDENTITY: Final = "refuses the user name and password of REDIS_URL, or that there are none"
 _PERMISSION: Final = "does not allow its user what the bridge needs (see ACL SETUSER)"
-_MEMORY: Final = "is out of memory: raise maxmemory or lower BRIDGE_HISTORY_BYTES"
+_MEMORY: Final = "is out of memory: raise maxmemory, or lower BRIDGE_HISTORY_BYTES or BRIDGE_ROW_INDEX_BYTES"
 _REPLICA: Final = "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://"
 _LOADING: Final = "is still loading its data"
 _SILENCE: Final = "does not answer"
@@ -139,6 +140,7 @@ class Link:
         name: of the history's key, and also of the channel of its notifications.
         relations: the key of the relations by version.
         released: the key of a list on which a released lease is announced.
+        index: the key of the sizes of the row index, by the key of each table's fields, which begin with it.
     """
 
     def __init__(self, url: RedisUrl, namespace: str) -> None:
@@ -146,6 +148,7 @@ class Link:
         self.name = f"{self.prefix}history"
         self.relations = f"{self.prefix}relations"
         self.released = f"{self.prefix}released"
+        self.index = f"{self.prefix}rows"
         self._keys = tuple(self.prefix + name for name in _KEYS)
         self._url = url
         self._sentinel: Sentinel | None = None
@@ -174,19 +177,21 @@ class Link:
                     async with asyncio.timeout(_CLOSE_SECONDS):
                         await closable.aclose()
 
-    async def script(self, name: str, *arguments: Argument, carries: int = 0) -> Any:
+    async def script(self, name: str, *arguments: Argument, tables: Sequence[str] = (), carries: int = 0) -> Any:
         """Run one operation of `lua/`. Atomic: it has happened whole or not at all.
 
         Args:
             name: of the file.
             *arguments: its ARGV, after the name for a new epoch, which all take.
+            tables: those whose fields of the row index it is about.
             carries: bytes of the arguments, or of the answer; a big one is given more time.
 
         Raises:
             BrokerError: it is not known whether it has happened.
         """
         text, digest = _script(name)
-        rest = (len(self._keys), *self._keys, secrets.token_hex(4), *arguments)
+        keys = (*self._keys, *(f"{self.index}:{table}" for table in tables))
+        rest = (len(keys), *keys, secrets.token_hex(4), *arguments)
         with self.explained():
             async with asyncio.timeout(COMMAND_SECONDS + carries / _BYTES_PER_SECOND):
                 try:

@@ -55,8 +55,8 @@ def replica_identity(facts: Facts, about: Table) -> Outcome:
     if about.identity == "n" or (about.identity == "d" and not about.key):
         return problem(f"{about.name} has no replica identity: once published, its rows cannot be updated.", fix)
     return warning(
-        f"{about.name} is not REPLICA IDENTITY FULL, so changes do not tell what a row was: when a row is deleted, or "
-        "leaves what a user may see, clients are sent a resync instead of the change.",
+        f"{about.name} is not REPLICA IDENTITY FULL, so changes do not tell what a row was. The bridge keeps an index "
+        "of the table's rows for that; where a row is not in it, clients are sent a resync instead of its end.",
         fix,
     )
 

@@ -14,7 +14,7 @@ from realtime_bridge.change import Change, Control, Entry
 from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.standing import Standing
-from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown, form_of, is_whole
+from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown, form_of
 from realtime_bridge.hub.window import Prepared
 from realtime_bridge.policy.base import Audience, Member
 from realtime_bridge.wire.native import Form
@@ -190,9 +190,9 @@ def _groups(change: Change, audience: Audience) -> Iterator[tuple[Set[Member], b
     elif change.operation == "DELETE":
         yield audience.old, True, False
     else:
-        before: bool | None = False if is_whole(change.old) else None
         yield audience.old & audience.new, True, True
-        yield audience.new - audience.old, before, True
+        yield audience.new - audience.old - audience.unsure, False, True
+        yield audience.unsure, None, True
         yield audience.old - audience.new, True, False
 
 

@@ -83,12 +83,15 @@ class Audience:
         unknown: members for whom the old or the new image could not be decided and whose copy may now be out of
             date; they get one coalesced `resync`.
         doubtful: members who are pending from this entry on, and so in no later audience of the same answer either.
+        unsure: of `new`, those for whom the old image could not be decided; all others of it, who are not of `old`, are
+            proven not to have seen it.
     """
 
     old: Set[Member]
     new: Set[Member]
     unknown: Set[Member] = frozenset()
     doubtful: Set[Member] = frozenset()
+    unsure: Set[Member] = frozenset()
 
 
 class Policy(Protocol):

@@ -375,8 +375,9 @@ class PolicyEngine:
         new = Seen() if after is None else index.seen(change.relation, after)
         if not (old.perhaps or new.perhaps):
             return Audience(old.sure, new.sure)
-        unknown = ((old.perhaps - old.sure) | new.perhaps) - new.sure
-        return Audience(old.sure - unknown, new.sure, unknown)
+        undecided = old.perhaps - old.sure
+        unknown = (undecided | new.perhaps) - new.sure
+        return Audience(old.sure - unknown, new.sure, unknown, unsure=undecided & new.sure)
 
     def _verdict(self, change: Change, member: Member) -> Verdict:
         if self.knowledge.is_unlearned(member, change.relation.name):

@@ -4,15 +4,17 @@ A source is read by one process at a time: the one that holds the lease. It yiel
 the broker before it asks for the next, and acknowledges later, some seconds behind, so that what a failover of the
 broker lost can be read again.
 
+Beside it stands a reader of the tables themselves, for the old rows that a source does not bring.
+
 Layer: adapters (contract). May import: words.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
-from realtime_bridge.change import Body
+from realtime_bridge.change import Body, Image, Relation
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +85,38 @@ class Source(Protocol):
             SourceError: it cannot be read now.
             ConfigurationError: it can never be read like this.
         """
+        ...
+
+
+TEXT_BYTES: Final = 256
+"""Longer texts are not kept of rows as they stand: a reader of tables may cut them, if they stay longer than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some rows of a table as they stand.
+
+    Attributes:
+        rows: with the texts that the source would bring.
+        read_at: microseconds since 1970 by the clock of `Change.commit_time`, with a margin for how well that is known:
+            what was committed later the rows do not show.
+    """
+
+    rows: Sequence[Image]
+    read_at: int
+
+
+class TableReader(Protocol):
+    """Reads tables as they stand, in whatever role sees all rows.
+
+    Raises:
+        BridgeError: a table cannot be read now, or not by this reader.
+    """
+
+    async def describe(self, table: str) -> Relation | None:
+        """A table as the source will describe it; None if only the source can tell, or there is no such table."""
+        ...
+
+    def pages(self, relation: Relation) -> AsyncGenerator[Page, None]:
+        """Every row that is there from the beginning to the end of the reading, by primary key."""
         ...

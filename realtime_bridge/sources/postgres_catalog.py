@@ -203,7 +203,7 @@ class Primary:
     async def describe(self, message: RelationMessage) -> Described:
         """Complete a table's description by what the catalog says now."""
         type_ids = [column.type_id for column in message.columns]
-        types = {row[0]: row[1] for row in await self.connection.fetch(_TYPES, type_ids)}
+        types = {row[0]: row[1] for row in await self.connection.fetch(TYPES, type_ids)}
         columns = tuple(Column(c.name, types.get(c.type_id, "text")) for c in message.columns)
         catalog = await self.connection.fetchrow(_TABLE, message.id)
         identity = frozenset(column.name for column in message.columns if column.identity)
@@ -340,7 +340,7 @@ _IS_SYNCHRONOUS: Final = """
 
 # Domains, and arrays of domains, become what they are based on. What only shares its name with a built-in type, or
 # only looks like an array by its name, is text: values are encoded by that name.
-_TYPES: Final = """
+TYPES: Final = """
     WITH RECURSIVE step(asked, id) AS (
         SELECT id, id FROM unnest($1::oid[]) AS id
         UNION

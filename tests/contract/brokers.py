@@ -11,7 +11,12 @@ from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Body, Change, Column, Entry, Relation
 
 POSTS = Relation("public", "posts", (Column("id", "int8"), Column("title", "text")), (0,), full=True)
-LIMITS: dict[str, Any] = {"history_size": 1000, "history_bytes": 1 << 24, "history_seconds": 3600.0}
+LIMITS: dict[str, Any] = {
+    "history_size": 1000,
+    "history_bytes": 1 << 24,
+    "history_seconds": 3600.0,
+    "row_index_bytes": 1 << 20,
+}
 PATIENCE = 10.0
 
 Opened: TypeAlias = AbstractAsyncContextManager[list[Broker]]

@@ -4,7 +4,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Position, Relation, encode_body
 from realtime_bridge.errors import HistoryGoneError, LeaseLostError
 from tests.contract.brokers import (
+    LIMITS,
     POSTS,
     OpenBrokers,
     change,
@@ -28,21 +28,6 @@ from tests.contract.brokers import (
     update,
 )
 from tests.services import eventually
-
-
-@pytest.fixture(params=["memory", "redis"])
-def brokers(request: pytest.FixtureRequest, namespace: str) -> OpenBrokers:
-    if request.param == "memory":
-        return open_memory
-    url = request.getfixturevalue("redis_url")
-
-    @asynccontextmanager
-    async def opened(count: int = 1, **limits: Any) -> AsyncIterator[list[Broker]]:
-        async with open_redis(url, namespace, count, **limits) as made:
-            yield list(made)
-
-    return opened
-
 
 # -- append and read -------------------------------------------------------------------------------------------------
 
@@ -481,7 +466,7 @@ class Clocked:
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
-        self.broker = MemoryBroker(history_size=10, history_bytes=1000, history_seconds=3600, clock=lambda: self.now)
+        self.broker = MemoryBroker(**LIMITS, clock=lambda: self.now)
 
 
 async def test_a_sight_that_nobody_tells_of_any_more_ended_where_it_was_last_told_of() -> None:

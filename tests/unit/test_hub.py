@@ -98,7 +98,9 @@ class ForkingBroker(MemoryBroker):
     """A broker in memory that can lose its newest entries as a failover does."""
 
     def __init__(self, *, history_size: int = 1000) -> None:
-        super().__init__(history_size=history_size, history_bytes=1 << 20, history_seconds=3600)
+        super().__init__(
+            history_size=history_size, history_bytes=1 << 20, history_seconds=3600, row_index_bytes=1 << 20
+        )
         self.forks: list[tuple[str, int]] = []
         self.batch = 500
         self.down = False
@@ -1008,3 +1010,25 @@ def test_a_row_that_may_enter_without_all_of_its_columns_is_not_known() -> None:
     assert form_of(change, None, True) is UNKNOWN
     assert form_of(change, False, True) is UNKNOWN
     assert form_of(change, True, True) is Form.UPDATE_KEY
+
+
+async def test_a_row_enters_as_an_insert_whatever_else_is_known_of_what_it_was() -> None:
+    keyed = relation(POSTS, full=False)
+
+    def update(old: Image | None) -> Change:
+        return Change("UPDATE", keyed, old, row(1, BOB, "red"), 0)
+
+    async with running() as world:
+        start = world.hub.position
+        _, at_the_end = await world.connect()
+        await world.settled()
+        await world.append(update(("1", BOB, "blue", ABSENT)), update(("1", ABSENT, ABSENT, "sad")), update(None))
+        await world.settled()
+        _, coming_back = await world.connect(position=start)
+        await world.settled()
+        for reader in (at_the_end, coming_back):
+            assert [(m["type"], m.get("old_record")) for m in reader.messages] == [
+                ("INSERT", None),
+                ("UPDATE", {"id": 1}),
+                ("UPDATE", {"id": 1}),
+            ]

@@ -181,8 +181,9 @@ async def test_a_table_that_is_not_configured_reaches_nobody() -> None:
 async def test_without_an_old_image_a_change_that_is_not_visible_leaves_everyone_else_in_doubt() -> None:
     policy = engine()
     ann, bob = policy.join(claims(ANN)), policy.join(claims(BOB))
-    assert await audience(policy, "UPDATE", None, row(), KEYED) == Audience(frozenset(), {ann}, {bob})
-    assert await audience(policy, "UPDATE", KEY_ONLY, row(), KEYED) == Audience(frozenset(), {ann}, {bob})
+    in_doubt = Audience(frozenset(), {ann}, {bob}, unsure={ann})
+    assert await audience(policy, "UPDATE", None, row(), KEYED) == in_doubt
+    assert await audience(policy, "UPDATE", KEY_ONLY, row(), KEYED) == in_doubt
     assert await audience(policy, "DELETE", KEY_ONLY, None, KEYED) == Audience(frozenset(), frozenset(), {ann, bob})
     assert policy.undecided == 3
 
@@ -193,6 +194,15 @@ async def test_a_policy_on_the_key_alone_is_decided_without_an_old_image() -> No
     assert await audience(policy, "UPDATE", None, row(), KEYED) == Audience({one}, {one})
     assert await audience(policy, "UPDATE", row("2", ABSENT, ABSENT, ABSENT), row(), KEYED) == Audience({two}, {one})
     assert await audience(policy, "DELETE", KEY_ONLY, None, KEYED) == Audience({one}, frozenset())
+    assert policy.undecided == 0
+
+
+async def test_an_old_image_that_is_known_as_far_as_policies_read_it_is_decided() -> None:
+    policy = engine("owner = auth.uid()")
+    ann, bob = policy.join(claims(ANN)), policy.join(claims(BOB))
+    before = row(owner=BOB, body=ABSENT)
+    assert await audience(policy, "UPDATE", before, row(), KEYED) == Audience({bob}, {ann})
+    assert await audience(policy, "DELETE", before, None, KEYED) == Audience({bob}, frozenset())
     assert policy.undecided == 0
 
 

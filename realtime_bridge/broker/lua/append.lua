@@ -1,16 +1,21 @@
 -- Append bodies as the next entries, trim, and notify. Answers a head with the status 'ok', or with the reason why
 -- nothing was appended: 'lease', 'epoch', 'fork', or 'relations' (one is missing: send them all).
+-- KEYS: those that every operation has, then those of tables in the row index
 -- ARGV: new epoch, token, seen epoch, seen number, seen id, nonce, watermark, proven until,
---       most entries, bytes, milliseconds kept, most bytes to notify with,
---       count of versions used, count of relations, count of bodies, versions…, (version, relation)…, bodies…
+--       most entries, bytes, milliseconds kept, most bytes to notify with, most bytes of the row index,
+--       count of versions used, count of relations, count of bodies, count of row changes,
+--       versions…, (version, relation)…, bodies…, (table: 0 for the last of KEYS, what to do, field, text)…
 local MOST_TRIMMED = 20000
 local state = load_state()
 local token, nonce, watermark, proven = ARGV[2], ARGV[6], ARGV[7], ARGV[8]
-local most, most_bytes, most_time, most_notified =
-  tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local versions, relations, count = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
-local first_relation = 16 + versions
+local most, most_bytes, most_time, most_notified, most_indexed =
+  tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local versions, relations, count, row_changes =
+  tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
+local first_version = 18
+local first_relation = first_version + versions
 local first_body = first_relation + 2 * relations
+local first_row = first_body + count
 
 if state.nonce == nonce then return head('ok', state) end -- the same call again: it had happened
 local status = verify(state, ARGV[3], tonumber(ARGV[4]), ARGV[5])
@@ -19,7 +24,7 @@ if status ~= 'ok' then return head(status, state) end
 
 local brought = {}
 for i = first_relation, first_body - 1, 2 do brought[ARGV[i]] = true end
-for i = 16, first_relation - 1 do
+for i = first_version, first_relation - 1 do
   if not brought[ARGV[i]] and redis.call('HEXISTS', RELATIONS, ARGV[i]) == 0 then return head('relations', state) end
 end
 
@@ -36,7 +41,7 @@ for i = 1, count do
   state.id, state.bytes, lengths[i] = id, state.bytes + #body, #body
 end
 if count > 0 then
-  for i = 16, first_relation - 1 do redis.call('ZADD', USED, text(state.number), ARGV[i]) end
+  for i = first_version, first_relation - 1 do redis.call('ZADD', USED, text(state.number), ARGV[i]) end
 end
 
 -- Trim: the oldest entries by count, and those that stand before too many bytes or are too old. Bytes and times only
@@ -68,6 +73,49 @@ if keep > first then
     redis.call('ZREM', USED, unpack(unused))
   end
 end
+
+-- Change the row index. A table's fields that INDEX does not know of have outlived it (an eviction, a lost state): they
+-- count for nothing.
+local FIELD_BYTES = 64 -- as in broker.base
+local function cost(field, length)
+  return length == 0 and 0 or #field + length + FIELD_BYTES
+end
+local function change_rows()
+  local sizes, left_out, total = {}, {}, 0
+  local known = redis.call('HGETALL', INDEX)
+  for i = 1, #known, 2 do
+    local size, out = string.match(known[i + 1], '(%d+) (%d+)')
+    sizes[known[i]], left_out[known[i]], total = tonumber(size), tonumber(out), total + tonumber(size)
+  end
+  for i = first_row, first_row + 4 * row_changes - 1, 4 do
+    local key, what, field, row = KEYS[#KEYS - tonumber(ARGV[i])], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+    if what == 'forget all' or not sizes[key] then
+      redis.call('UNLINK', key)
+      total, sizes[key], left_out[key] = total - (sizes[key] or 0), 0, 0
+    end
+    local before, growth = redis.call('HSTRLEN', key, field), 0 -- 0: not there, since no text is empty
+    if what == 'forget' and before > 0 then
+      redis.call('HDEL', key, field)
+      growth = -cost(field, before)
+    elseif what == 'put' or (what == 'put new' and before == 0) then
+      growth = cost(field, #row) - cost(field, before)
+      if before == 0 and field ~= '' and total + growth > most_indexed then
+        left_out[key], growth = left_out[key] + 1, 0
+      else
+        redis.call('HSET', key, field, row)
+      end
+    end
+    total, sizes[key] = total + growth, sizes[key] + growth
+  end
+  for key, size in pairs(sizes) do
+    if size == 0 and left_out[key] == 0 then
+      redis.call('HDEL', INDEX, key)
+    else
+      redis.call('HSET', INDEX, key, text(size) .. ' ' .. text(left_out[key]))
+    end
+  end
+end
+if row_changes > 0 then change_rows() end
 
 if watermark ~= '' then state.watermark = watermark end
 if proven ~= '' and tonumber(proven) > tonumber(state.proven) then state.proven = proven end

@@ -1,7 +1,7 @@
 -- What every operation shares: this text stands before each of them.
 -- All keys carry one hash tag, so that they lie in one slot of a cluster. An operation checks everything before its
 -- first write: a script that fails half way would leave its first half behind.
-local STATE, HISTORY, RELATIONS, USED, EPOCHS, LEASE, RELEASED, TICKETS, TOUCHED, SIGHTS, TOLD = unpack(KEYS)
+local STATE, HISTORY, RELATIONS, USED, EPOCHS, LEASE, RELEASED, TICKETS, TOUCHED, SIGHTS, TOLD, INDEX = unpack(KEYS)
 local NEW_EPOCH = ARGV[1] -- the name to use, should this operation have to make an epoch
 local EPOCHS_KEPT = 64
 
@@ -20,7 +20,7 @@ local function load_state()
   local v = redis.call('HMGET', STATE, 'epoch', 'number', 'id', 'bytes', 'time', 'token', 'nonce', 'watermark', 'proven')
   if not v[1] then
     redis.call('HSET', STATE, 'epoch', NEW_EPOCH, 'number', '0')
-    redis.call('DEL', HISTORY, RELATIONS, USED, EPOCHS, LEASE, SIGHTS, TOLD)
+    redis.call('DEL', HISTORY, RELATIONS, USED, EPOCHS, LEASE, SIGHTS, TOLD, INDEX)
     name_epoch(NEW_EPOCH, '')
     v = {NEW_EPOCH}
   end
