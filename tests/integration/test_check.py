@@ -1,7 +1,5 @@
 """`realtime-bridge check`: what is broken is named, and what it says mends it."""
 
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from realtime_bridge.dev.processes import reserve_port
 from realtime_bridge.dev.schema import install_schema
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication
-from tests.bridges import PUBLICATION, environment
+from tests.bridges import PUBLICATION, environment, run
 from tests.services import SECRET, PgBouncer, eventually, running
 
 pytestmark = pytest.mark.integration
@@ -63,11 +61,6 @@ async def published(database: str) -> str:
     """The address of a database from which changes can be read."""
     await ensure_publication(database, PUBLICATION, [TABLE])
     return database
-
-
-def run(*arguments: str, folder: Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "realtime_bridge", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=50)
 
 
 # -- Postgres ----------------------------------------------------------------------------------------------------------
