@@ -4,7 +4,9 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -24,6 +26,12 @@ def environment(database: str, **settings: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("BRIDGE_", "SUPABASE_", "DATABASE_", "REDIS_"))}
     given = {"DATABASE_URL": database, "SUPABASE_JWT_SECRET": SECRET, "BRIDGE_PUBLICATION": PUBLICATION, **settings}
     return {**kept, **given}
+
+
+def run(*arguments: str, folder: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """A command of `realtime-bridge` as an operator runs it."""
+    command = [sys.executable, "-m", "realtime_bridge", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=50)
 
 
 class BridgeProcess:

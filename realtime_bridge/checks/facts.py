@@ -167,8 +167,8 @@ class Facts:
     """All of it.
 
     Attributes:
-        publication_name, slot_name, namespace: as configured; `supabase_realtime` for the publication that Supabase's
-            own Realtime reads.
+        publication_name, slot_name, namespace, fact_seconds: as configured; `supabase_realtime` for the publication
+            that Supabase's own Realtime reads.
         owned: whether publication and slot are the bridge's to look after.
     """
 
@@ -180,6 +180,7 @@ class Facts:
     publication_name: str
     slot_name: str
     namespace: str
+    fact_seconds: float
     owned: bool
 
     @cached_property
@@ -219,6 +220,8 @@ async def read_tables(
     connection: Connection, names: Sequence[str], *, roles: Sequence[str], publication: str, rules: Mapping[str, str]
 ) -> list[Table]:
     """The tables, in that order, those that do not exist too."""
+    if not names:
+        return []
     schemas, tables = zip(*(name.split(".", 1) for name in names), strict=True)
     rows = await connection.fetch(_TABLES, list(schemas), list(tables), publication)
     access: dict[str, dict[str, Access]] = {}

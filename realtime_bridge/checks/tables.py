@@ -81,7 +81,7 @@ def row_filter(facts: Facts, about: Table) -> Outcome | None:
     return warning(
         f"The publication {facts.publication_name} sends only those rows of {about.name} where {about.row_filter}; "
         "changes of others never arrive.",
-        _publish_whole(facts, about),
+        publish_whole(facts, about),
     )
 
 
@@ -93,7 +93,7 @@ def columns(facts: Facts, about: Table) -> Outcome:
             return warning(
                 f"The publication {facts.publication_name} leaves out columns of {about.name} ({', '.join(hidden)}): "
                 "they never arrive, and a policy that needs them shows nothing.",
-                _publish_whole(facts, about),
+                publish_whole(facts, about),
             )
     generated = [c.name for c in about.columns if c.generated and not _sent(facts, about, c.name)]
     if generated:
@@ -145,7 +145,8 @@ def _sent(facts: Facts, about: Table, column: str) -> bool:
     return newer and about.published_columns is not None and column in about.published_columns
 
 
-def _publish_whole(facts: Facts, about: Table) -> str:
+def publish_whole(facts: Facts, about: Table) -> str:
+    """The SQL by which a publication carries every row and column of a table that it has in part."""
     alter = f"ALTER PUBLICATION {facts.sql_publication}"
     return f"{alter} DROP TABLE {about.sql_name}; {alter} ADD TABLE {about.sql_name};"
 

@@ -15,6 +15,8 @@ from realtime_bridge.policy.facts import digest_of
 from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
 from realtime_bridge.policy.reading import ask_whole, parse_expression
 
+RULE: Final = "BRIDGE_POLICIES"
+"""In place of a policy's name where a rule stands in place of all of them."""
 CANNOT_DECIDE: Final = "the policies of {} cannot be decided by this bridge; its log says which part"
 
 
@@ -56,7 +58,7 @@ class Decision:
         digest: of the description, and of how it was decided.
         table: the description.
         predicates: by role; each role has one of these or a refusal.
-        columns: role → the columns that it may read, in column order, where that is not all of them.
+        columns: role → the columns that it may read, in column order, where it may not read the table as a whole.
     """
 
     digest: str
@@ -87,7 +89,7 @@ async def decide(
         UnsupportedExpression: the rule cannot be decided.
         DatabaseError: Postgres could not be asked.
     """
-    parts, refused = _read(table, rule, is_asking=asking is not None, whole=whole)
+    parts, refused = read_policies(table, rule, is_asking=asking is not None, whole=whole)
     queries = sorted({query for part in parts for query in queries_of(part.expression)}, key=lambda query: query.sql)
     types = None if asking is None else await asking.types(queries)
     decided = {role: _decide(role, table, rule, parts, refused, types) for role in sorted(roles)}
@@ -97,16 +99,20 @@ async def decide(
         table,
         predicates,
         {role: found for role, found in decided.items() if isinstance(found, Refusal)},
-        {role: _readable(role, table) for role in decided if len(_readable(role, table)) < len(table.columns)},
+        {role: _readable(role, table) for role in decided if role not in table.granted},
     )
 
 
-def _read(
-    table: CatalogTable, rule: str | None, *, is_asking: bool, whole: bool
+def read_policies(
+    table: CatalogTable, rule: str | None, *, is_asking: bool, whole: bool = False
 ) -> tuple[list[Part], dict[str, UnsupportedExpression]]:
-    """The policies that can be read, and why others cannot, by name."""
+    """The policies that can be read, and why others cannot, by name.
+
+    Raises:
+        UnsupportedExpression: the rule cannot be read.
+    """
     if rule is not None:
-        return [Part("BRIDGE_POLICIES", True, rule, _expression(table, rule, is_asking, whole, is_rule=True))], {}
+        return [Part(RULE, True, rule, _expression(table, rule, is_asking, whole, is_rule=True))], {}
     parts: list[Part] = []
     refused: dict[str, UnsupportedExpression] = {}
     for policy in table.policies:

@@ -19,7 +19,7 @@ from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
 from realtime_bridge.policy.catalog import Catalog, CatalogTable
-from realtime_bridge.policy.decision import CANNOT_DECIDE, Refusal, decide
+from realtime_bridge.policy.decision import CANNOT_DECIDE, Decision, Refusal, decide
 from realtime_bridge.policy.expression import Expression, UnsupportedExpression
 from realtime_bridge.policy.facts import identity
 from realtime_bridge.policy.index import AudienceIndex, Question, Seen
@@ -105,6 +105,10 @@ class PolicyEngine:
     def references(self) -> frozenset[str]:
         """Tables that policies refer to, whose changes have to come through the history."""
         return self.knowledge.references
+
+    def decision(self, table: str) -> Decision | None:
+        """What decides about a table's rows now; None if there is no such table, or it cannot be read."""
+        return self._tables[table].decision
 
     @property
     def present(self) -> int:

@@ -14,18 +14,17 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Final, NamedTuple, NoReturn
 
-from realtime_bridge.change import ABSENT, Change, Image, Relation, Value
-from realtime_bridge.claims import Claims
+from realtime_bridge.change import Change
 from realtime_bridge.errors import BridgeError
 from realtime_bridge.policy.base import Audience, Member
+from realtime_bridge.policy.case import Case, learn
 from realtime_bridge.policy.catalog import CatalogTable
 from realtime_bridge.policy.decision import Decision, decide
-from realtime_bridge.policy.expression import Claim, Query, UnsupportedExpression
-from realtime_bridge.policy.facts import read_facts
-from realtime_bridge.policy.index import Members, Question
+from realtime_bridge.policy.expression import UnsupportedExpression
+from realtime_bridge.policy.index import Members
 from realtime_bridge.policy.keeping import Keeping
 from realtime_bridge.policy.knowledge import Asking
-from realtime_bridge.policy.predicate import Failed, Memo, Predicate
+from realtime_bridge.policy.predicate import Predicate
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +38,7 @@ class _Sample(NamedTuple):
     """One image and one user, and whether that was shown this."""
 
     decision: Decision
-    claims: Claims
-    relation: Relation
-    image: Image
+    case: Case
     shown: bool
 
 
@@ -91,8 +88,8 @@ class Shadow:
             if image is None:
                 continue
             for member in {*_any_of(shown), *_any_of(members)} - audience.unknown:
-                sample = _Sample(decision, member.claims, change.relation, image, member in shown)
-                self._drawn.append(sample)
+                case = Case(decision.table, member.claims, change.relation, image)
+                self._drawn.append(_Sample(decision, case, member in shown))
 
     async def run(self) -> NoReturn:
         """Check what is drawn, for ever."""
@@ -106,7 +103,7 @@ class Shadow:
                     logger.debug("a sample could not be checked", extra={"reason": type(error).__name__})
 
     async def _check(self, sample: _Sample) -> None:
-        table, role = sample.decision.table, sample.claims.role
+        table, role = sample.case.table, sample.case.claims.role
         rule = self._rules.get(table.name)
         whole = await decide(table, self._roles, rule=rule, asking=self._asking, whole=True)
         compiled, asked = sample.decision.predicates.get(role), whole.predicates.get(role)
@@ -129,24 +126,10 @@ class Shadow:
 
     async def _decide(self, predicate: Predicate, sample: _Sample) -> bool | None:
         """Whether a user sees an image by a predicate, with everything asked for anew; None if that is not known."""
-        member = Member(("", ""), sample.claims)
-        queries = [fact for fact in predicate.facts if isinstance(fact, Query)]
-        claims = [fact for fact in predicate.facts if isinstance(fact, Claim)]
-        (found,) = await self._asking.facts([sample.claims], queries) if queries else ({},)
-        member.facts = {**read_facts(claims, sample.claims.values), **found}
-        questions = [
-            Question(asked, member, tuple(_value(sample, column) for column in asked.columns))
-            for asked in predicate.asked
-        ]
-        declared = {sample.decision.table.name: sample.decision.table.declared}
-        truths = await self._asking.answers(declared, questions) if questions else ()
-        for question, truth in zip(questions, truths, strict=True):
-            memo = member.facts[question.asked.name] = Memo(lambda _: None)
-            memo.store(question.values, truth)
-        known = (*member.facts.values(), *truths)
-        if any(value is ABSENT or isinstance(value, Failed) for value in known):
+        known = await learn(sample.case, [predicate], self._asking)
+        if known.absent or known.failed:
             return None
-        return predicate.evaluate(sample.relation.index, sample.image, member.facts)
+        return predicate.evaluate(sample.case.relation.index, sample.case.image, known.facts)
 
 
 def _any_of(members: Members) -> list[Member]:
@@ -160,8 +143,3 @@ def _is_steady(predicate: Predicate, table: CatalogTable) -> bool:
     return bool(predicate.asked) and all(
         table.references.dependencies(asked.reads, frozenset()).keeping < Keeping.VOLATILE for asked in predicate.asked
     )
-
-
-def _value(sample: _Sample, column: str) -> Value:
-    place = sample.relation.index.get(column)
-    return ABSENT if place is None else sample.image[place]

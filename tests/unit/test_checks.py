@@ -62,6 +62,7 @@ FACTS = Facts(
     publication_name="bridge",
     slot_name="bridge",
     namespace="ours",
+    fact_seconds=5,
     owned=True,
 )
 REDIS = RedisFacts(RedisInfo("7.2.4", "noeviction", append_only=True, snapshots=True, replicas=0), "", 0.0)
