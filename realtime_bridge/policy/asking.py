@@ -3,8 +3,8 @@
 Many users are asked about in one statement, each under their own role and claims (`policy.blocks` says how); the
 transaction is read-only, as that of a GET in PostgREST is. What cannot be told of one user denies that user alone.
 
-Layer: adapters. May import: words, database, policy.base, policy.blocks, policy.catalog, policy.expression,
-policy.index, policy.predicate.
+Layer: adapters. May import: words, database, policy.atoms, policy.base, policy.blocks, policy.catalog,
+policy.expression, policy.index.
 Sources: the texts are those of the types' output functions under `database.PINNED`, and so what changes bring.
 """
 
@@ -22,6 +22,7 @@ from realtime_bridge.change import Value
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import CALLER_SEARCH_PATH, LOGIN_ROLE, claim_settings
 from realtime_bridge.errors import DatabaseError, ForbiddenError
+from realtime_bridge.policy.atoms import Failed, Truth, Values, values_of
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.blocks import (
     FAILURE,
@@ -39,7 +40,6 @@ from realtime_bridge.policy.blocks import (
 from realtime_bridge.policy.catalog import Connect, Connection
 from realtime_bridge.policy.expression import Query
 from realtime_bridge.policy.index import Question
-from realtime_bridge.policy.predicate import Failed, Truth, Values, values_of
 
 MAX_USERS: Final = 500
 MAX_QUESTIONS: Final = 5000

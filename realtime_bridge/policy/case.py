@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 from realtime_bridge.change import ABSENT, Image, Relation, Value
 from realtime_bridge.claims import Claims
+from realtime_bridge.policy.atoms import Facts, Failed, Memo
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.catalog import CatalogTable
 from realtime_bridge.policy.expression import Claim, Query
 from realtime_bridge.policy.facts import read_facts
 from realtime_bridge.policy.index import Question
 from realtime_bridge.policy.knowledge import Asking
-from realtime_bridge.policy.predicate import Facts, Failed, Memo, Predicate
+from realtime_bridge.policy.predicate import Predicate
 
 
 class Case(NamedTuple):

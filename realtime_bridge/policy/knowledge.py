@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from realtime_bridge.change import ABSENT, Body, Change, Control
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError
+from realtime_bridge.policy.atoms import Failed, Memo, Truth
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.blocks import Declared
 from realtime_bridge.policy.decision import Surveying
@@ -32,7 +33,6 @@ from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
 from realtime_bridge.policy.index import AudienceIndex, Question
 from realtime_bridge.policy.keeping import Dependencies, Keeping, References
 from realtime_bridge.policy.members import Members
-from realtime_bridge.policy.predicate import Failed, Memo, Truth
 from realtime_bridge.policy.table import Table
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from realtime_bridge.errors import BridgeError, DatabaseError
 from realtime_bridge.pgoutput import Insert, decode
 from realtime_bridge.policy import asking, blocks
 from realtime_bridge.policy.asking import Asking
+from realtime_bridge.policy.atoms import Failed, Values
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.blocks import Declared
 from realtime_bridge.policy.expression import Asked, Query, Reads
 from realtime_bridge.policy.index import Question
-from realtime_bridge.policy.predicate import Failed, Values
 from tests.services import PgBouncer, eventually, running, unavailable
 
 pytestmark = pytest.mark.integration

@@ -16,7 +16,7 @@ LAYERS = [
         [
             *("values", "canonical", "filters", "pgoutput", "wire"),
             *("policy.expression", "policy.nodes", "policy.dependence", "policy.keeping", "policy.membership"),
-            *("policy.reading", "policy.ordering", "policy.predicate", "policy.compiler"),
+            *("policy.reading", "policy.ordering", "policy.atoms", "policy.predicate", "policy.compiler"),
         ],
     ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),

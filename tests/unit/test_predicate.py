@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime_bridge.change import ABSENT, Image, Value
+from realtime_bridge.policy.atoms import RowTerm, UserTerm
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.expression import (
     And,
@@ -22,7 +23,7 @@ from realtime_bridge.policy.expression import (
     Or,
     UnsupportedExpression,
 )
-from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Key, Predicate, RowTerm, UserTerm, all_of, any_of
+from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Key, Predicate, all_of, any_of
 from realtime_bridge.policy.reading import parse_expression
 
 Row: TypeAlias = dict[str, Value]
