@@ -33,22 +33,26 @@ def references_of(
     found: dict[str, list[Reference]] = {}
     for tables, depends in queries.values():
         for table in depends.tables:
-            keys = frozenset(column for keyed, column in depends.keyed_by if keyed == table)
-            columns = frozenset(column for read, column in depends.references if read == table)
-            is_exact = depends.keeping is Keeping.TRACKED and "*" not in columns
-            reference = Reference(tables, keys, columns if is_exact else None)
+            reference = _reference(table, tables, depends)
             known = found.setdefault(table, [])
             if reference not in known:
                 known.append(reference)
     return found
 
 
-def asked_by_table(asked: Mapping[Asked, Dependencies]) -> dict[str, list[Asked]]:
-    """Table → the conditions whose answers depend on it."""
-    found: dict[str, list[Asked]] = {}
+def _reference(table: str, tables: frozenset[str], depends: Dependencies) -> Reference:
+    keys = frozenset(column for keyed, column in depends.keyed_by if keyed == table)
+    columns = frozenset(column for read, column in depends.references if read == table)
+    is_exact = depends.keeping is Keeping.TRACKED and "*" not in columns
+    return Reference(tables, keys, columns if is_exact else None)
+
+
+def asked_by_table(asked: Mapping[Asked, Dependencies]) -> dict[str, list[tuple[Asked, Reference]]]:
+    """Table → the conditions whose answers depend on it, and how."""
+    found: dict[str, list[tuple[Asked, Reference]]] = {}
     for one, depends in asked.items():
         for table in depends.tables:
-            found.setdefault(table, []).append(one)
+            found.setdefault(table, []).append((one, _reference(table, frozenset({one.table}), depends)))
     return found
 
 
@@ -69,18 +73,15 @@ def users_named(change: Change, keys: Iterable[str]) -> frozenset[str] | None:
     return frozenset(_uuid(str(value)) for value in values if value is not None)
 
 
-def users_mentioned(change: Change) -> frozenset[str]:
-    """Whatever users a row names in any of its columns."""
-    relation = change.relation
-    columns = [i for i, column in enumerate(relation.columns) if column.type in ("uuid", "text", "varchar")]
-    values = (image[i] for image in _images(change) for i in columns if i < len(image))
-    return frozenset(_uuid(value) for value in values if isinstance(value, str))
+def texts_of(change: Change) -> frozenset[str]:
+    """Whatever a row may name users by: the values of its columns, uuids as canonical ones."""
+    return frozenset(_uuid(value) for image in _images(change) for value in image if isinstance(value, str))
 
 
-def uid_of(values: Mapping[str, object]) -> str | None:
-    """`auth.uid()` by the claims of a token, as canonical uuid."""
-    subject = values.get("sub")
-    return _uuid(subject) if isinstance(subject, str) else None
+def names_of(values: Mapping[str, object]) -> frozenset[str]:
+    """What rows can name a user by, from the claims of a token: `auth.uid()` as canonical uuid, and `auth.email()`."""
+    told = (values.get("sub"), values.get("email"))
+    return frozenset(_uuid(name) for name in told if isinstance(name, str) and name)
 
 
 def _images(change: Change) -> Iterable[Image]:

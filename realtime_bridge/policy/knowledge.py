@@ -25,13 +25,13 @@ from realtime_bridge.policy.doubts import (
     asked_by_table,
     is_concerned,
     references_of,
-    users_mentioned,
+    texts_of,
     users_named,
 )
 from realtime_bridge.policy.expression import Asked, Claim, Query
 from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
 from realtime_bridge.policy.index import AudienceIndex, Question
-from realtime_bridge.policy.keeping import Dependencies, Keeping, References
+from realtime_bridge.policy.keeping import Dependencies, Keeping, References, part_of
 from realtime_bridge.policy.members import Members
 from realtime_bridge.policy.table import Table
 
@@ -91,7 +91,7 @@ class Knowledge:
         self._query_tables: frozenset[str] = frozenset()
         self._dependencies: Mapping[Query | Asked, Dependencies] = {}
         self._references: Mapping[str, Sequence[Reference]] = {}
-        self._asked_by_table: Mapping[str, Sequence[Asked]] = {}
+        self._asked_by_table: Mapping[str, Sequence[tuple[Asked, Reference]]] = {}
         self._learning: dict[Member, object] = {}
         self._unlearned: set[Member] = set()
         self._answers_end: dict[str, float] = {}
@@ -133,8 +133,10 @@ class Knowledge:
         self.claims_kept = PER_TOKEN if any(map(_may_read_any_claim, wanted)) else PER_TOKEN & claims_read(claims)
 
     def _depends(self, what: Query | Asked, references: References) -> Dependencies:
-        keyed_by = what.keyed_by if isinstance(what, Query) else frozenset[tuple[str, str]]()
-        return references.dependencies(what.reads, self.followed, keyed_by)
+        if isinstance(what, Query):
+            return references.dependencies(what.reads, self.followed, what.keyed_by)
+        part = part_of(what.sql, what.table, references.claims)
+        return references.dependencies(what.reads, self.followed, frozenset() if part is None else part.keyed_by)
 
     def _queries_by_role(self) -> dict[str, Sequence[Query]]:
         found: dict[str, dict[Query, None]] = defaultdict(dict)
@@ -226,27 +228,45 @@ class Knowledge:
             for table in self.references if body.table == "*" else (body.table,):
                 self._doubt_all(table, found)
             return found
-        table = body.relation.name
-        for reference in self._references.get(table, ()):
-            if is_concerned(reference, body):
-                for member in self._concerned(reference, body):
-                    found[member] |= reference.tables
-        for asked in self._asked_by_table.get(table, ()):
-            self._drop_answers(asked)
-            for member in self._members.named(users_mentioned(body)):
-                found[member].add(asked.table)
-                member.confirmed.discard(asked.table)
-        if table in self._query_tables:
+        self._doubt_concerned(body, found)
+        if body.relation.name in self._query_tables:
             for member in (*self._members.expired(), *self._unlearned):
                 found.setdefault(member, set())  # in doubt, though by no entry
         return found
+
+    def _doubt_concerned(self, change: Change, found: dict[Member, set[str]]) -> None:
+        table = change.relation.name
+        for reference in self._references.get(table, ()):
+            if is_concerned(reference, change):
+                for member in self._concerned(reference, change):
+                    found[member] |= reference.tables
+        for asked, reference in self._asked_by_table.get(table, ()):
+            if is_concerned(reference, change):
+                self._drop_answers(asked)
+                for member in self._seeing_otherwise(asked, reference, change):
+                    found[member].add(asked.table)
+                    member.confirmed.discard(asked.table)
 
     def _doubt_all(self, table: str, found: dict[Member, set[str]]) -> None:
         for reference in self._references.get(table, ()):
             for member in self._members:
                 found[member] |= reference.tables
-        for asked in self._asked_by_table.get(table, ()):
+        for asked, _ in self._asked_by_table.get(table, ()):
             self._drop_answers(asked)
+
+    def _seeing_otherwise(self, asked: Asked, reference: Reference, change: Change) -> Iterable[Member]:
+        """Who may see other rows by a condition now.
+
+        A new row that a condition does not find by its user cannot be told to everybody: most parents are made before
+        their children, and by the thousand. Whoever it names is told.
+        """
+        if change.operation == "INSERT" and not reference.keys:
+            candidates = self._members.named(texts_of(change))
+        else:
+            candidates = iter(self._concerned(reference, change))
+        decision = self._tables[asked.table].decision
+        roles = set() if decision is None else {r for r, p in decision.predicates.items() if asked in p.asked}
+        return (member for member in candidates if member.claims.role in roles)
 
     def _concerned(self, reference: Reference, change: Change) -> Iterable[Member]:
         named = users_named(change, reference.keys) if reference.keys else None
