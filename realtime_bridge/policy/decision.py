@@ -58,7 +58,7 @@ class Decision:
         digest: of the description, and of how it was decided.
         table: the description.
         predicates: by role; each role has one of these or a refusal.
-        columns: role → the columns that it may read, in column order, where that is not all of them.
+        columns: role → the columns that it may read, in column order, where it may not read the table as a whole.
     """
 
     digest: str
@@ -99,7 +99,7 @@ async def decide(
         table,
         predicates,
         {role: found for role, found in decided.items() if isinstance(found, Refusal)},
-        {role: _readable(role, table) for role in decided if len(_readable(role, table)) < len(table.columns)},
+        {role: _readable(role, table) for role in decided if role not in table.granted},
     )
 
 
