@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from realtime_bridge.checks.facts import Facts, Table
 from realtime_bridge.checks.finding import Outcome, ok, warning
-from realtime_bridge.checks.tables import publish_whole
+from realtime_bridge.checks.tables import publish, publish_whole
 from realtime_bridge.policy.explanation import Alone
 from realtime_bridge.policy.expression import Query
 from realtime_bridge.policy.keeping import Dependencies, Keeping, References
@@ -76,4 +76,4 @@ def followed(facts: Facts, about: Table, follows: Collection[str]) -> Outcome:
         return warning(told)
     if about.published:
         return warning(told, publish_whole(facts, about))
-    return warning(told, f"ALTER PUBLICATION {facts.sql_publication} ADD TABLE {about.sql_name};")
+    return warning(told, publish(facts, about))

@@ -10,7 +10,7 @@ Layer: adapters. May import: words, policy.*.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Final
 
@@ -364,7 +364,11 @@ class PolicyEngine:
         """Have Postgres asked what was left open; whether it is worth looking again."""
         tables = {self._tables[c.relation.name] for c in changes if c is not None and c.relation.name in self._tables}
         questions: list[tuple[AudienceIndex, Question]] = [
-            (index, question) for table in tables for index in table.indexes for question in index.open_questions()
+            (index, question)
+            for table in tables
+            if table.asked
+            for index in table.indexes
+            for question in index.open_questions()
         ]
         return bool(questions) and await self.knowledge.answer(questions)
 
@@ -402,7 +406,11 @@ class PolicyEngine:
         table = self._tables.get(relation.name)
         if table is None:
             return None, True
-        return table.decider(relation, self._roles, (m for m in self._members if m.uses and not m.pending))
+        return table.decider(relation, self._roles, self._sorted_in)
+
+    def _sorted_in(self) -> Iterator[Member]:
+        """Those who are part of audiences."""
+        return (member for member in self._members if member.uses and not member.pending)
 
 
 def _own(audience: Audience) -> Audience:

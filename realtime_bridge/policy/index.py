@@ -269,7 +269,9 @@ def _take(members: dict[_Key, set[Member]], key: _Key, member: Member) -> None:
 def union(sets: Iterable[Members]) -> Members:
     """The union; the largest of the sets itself if it holds all the others."""
     present = [members for members in sets if members]
-    largest = max(present, key=len, default=_NOBODY)
+    if len(present) < 2:
+        return present[0] if present else _NOBODY
+    largest = max(present, key=len)
     if all(members is largest or members <= largest for members in present):
         return largest
     return _NOBODY.union(*present)

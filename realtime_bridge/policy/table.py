@@ -4,7 +4,7 @@ Layer: adapters (it does no I/O). May import: words, policy.*.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -96,15 +96,15 @@ class Table:
         self.deciders.clear()
         self.doubtful = True
 
-    def decider(self, relation: Relation, roles: Collection[str], members: Iterable[Member]) -> Decider:
-        """What decides the images of a relation; `members` are those to be sorted into an index made for it."""
+    def decider(self, relation: Relation, roles: Collection[str], members: Callable[[], Iterable[Member]]) -> Decider:
+        """What decides the images of a relation; `members` gives those to be sorted into an index made for it."""
         decider = self.deciders.get(relation.version)
         if decider is None:
             if len(self.deciders) >= _MAX_RELATIONS:
                 del self.deciders[next(iter(self.deciders))]
             decider = self.deciders[relation.version] = self._decide(relation, roles)
             if decider.audiences is not None and decider.audiences is not self.index:
-                for member in members:
+                for member in members():
                     decider.audiences.add(member)
         return decider
 

@@ -290,6 +290,84 @@ async def test_columns_that_never_arrive_and_columns_that_arrive_as_text_are_tol
     assert "both_ (pair)" in found[f"column_types {TABLE}"].detail
 
 
+STORED = "alter table posts add column long bool generated always as (length(title) > 9) stored"
+VIRTUAL = "alter table posts add column long bool generated always as (length(title) > 9) virtual"
+DEFAULT = "alter table posts replica identity default"
+SET_STORED = f'ALTER PUBLICATION "{PUBLICATION}" SET (publish_generated_columns = stored);'
+FULL = "ALTER TABLE public.posts REPLICA IDENTITY FULL;"
+AGAIN = " ".join(f'ALTER PUBLICATION "{PUBLICATION}" {verb} TABLE public.posts;' for verb in ("DROP", "ADD"))
+GENERATED = {
+    "stored": (f"{DEFAULT}; {STORED}", "warning", f"{SET_STORED} {FULL}"),
+    "stored, and whole": (STORED, "problem", SET_STORED),
+    "stored, and listed": (
+        f"{DEFAULT}; {STORED}; alter publication {PUBLICATION} set table posts (id, title, long)",
+        "warning",
+        f"{SET_STORED} {AGAIN} {FULL}",
+    ),
+    "virtual": (f"{DEFAULT}; {VIRTUAL}", "warning", ""),
+    "virtual, and whole": (VIRTUAL, "problem", "ALTER TABLE public.posts REPLICA IDENTITY DEFAULT;"),
+    "of another publication": (f"{DEFAULT}; {STORED}; create publication theirs for all tables", "warning", ""),
+}
+
+
+@pytest.mark.parametrize(("changing", "status", "fix"), GENERATED.values(), ids=GENERATED)
+async def test_no_replica_identity_is_advised_under_which_postgres_18_refuses_updates(
+    changing: str, status: str, fix: str, published: str
+) -> None:
+    await since_18(published)
+    await execute(published, changing)
+    finding = (await look(published))[f"replica_identity {TABLE}"]
+    assert (finding.status, finding.fix) == (status, fix)
+    assert ("refuses every UPDATE" in finding.detail) is (status == "problem" or not fix)
+    await execute(published, finding.fix)
+    await execute(published, UPDATES)
+    mended = (await look(published))[f"replica_identity {TABLE}"]
+    assert mended.status == ("ok" if fix and "DEFAULT" not in fix else "warning")
+
+
+async def test_fix_publishes_generated_columns_where_updates_would_be_refused_otherwise(database: str) -> None:
+    await since_18(database)
+    await execute(database, f"{STORED}; create table plain (id int primary key)")
+    done, failures = await apply_fixes(settings_for(database))
+    assert (len(done), failures) == (1, [])
+    assert done[0].endswith("WITH (publish_via_partition_root = true, publish_generated_columns = stored);")
+    await execute(database, UPDATES)
+    assert (await look(database))[f"columns {TABLE}"].status == "ok"
+
+    await execute(database, f"drop publication {PUBLICATION}; create publication {PUBLICATION} for table plain")
+    wanted = (await look(database, tables=f"{TABLE},public.plain"))[f"published {TABLE}"].fix
+    done, failures = await apply_fixes(settings_for(database, tables=f"{TABLE},public.plain"))
+    assert (" ".join(done), failures) == (wanted, [])
+    await execute(database, UPDATES)
+
+
+async def test_fix_publishes_no_table_of_which_postgres_would_refuse_updates_then(database: str) -> None:
+    await since_18(database)
+    await execute(database, VIRTUAL)
+    done, failures = await apply_fixes(settings_for(database))
+    assert done == []
+    assert "REPLICA IDENTITY DEFAULT" in failures[0].detail
+    await execute(database, DEFAULT)
+    assert (await apply_fixes(settings_for(database)))[1] == []
+    await execute(database, UPDATES)
+
+
+UPDATES = """
+    insert into posts (user_id, title) values (gen_random_uuid(), 'of a kind');
+    update posts set title = 'of another';
+    delete from posts
+"""
+
+
+async def since_18(database: str) -> None:
+    """Skip the test on a Postgres that has nothing to publish generated columns with."""
+    connection = await asyncpg.connect(database)
+    version = connection.get_server_version().major
+    await connection.close()
+    if version < 18:
+        pytest.skip(f"Postgres {version} publishes no generated columns")
+
+
 async def test_roles_that_are_missing_or_bound_by_no_policy_are_told(published: str, namespace: str) -> None:
     missing = namespace.replace("-", "_")
     roles = {"roles": f"authenticated,service_role,{missing}"}

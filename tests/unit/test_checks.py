@@ -47,6 +47,7 @@ TABLE = Table(
     columns=(),
     published=True,
     published_columns=None,
+    narrow=(),
     row_filter=None,
     policies={},
     rule=None,
@@ -56,7 +57,7 @@ NOBODY = Access(schema_usage=True, select=False, owner=False, policies=())
 FACTS = Facts(
     server=SERVER,
     slot=SLOT,
-    publication=Publication((), via_root=True),
+    publication=Publication((), via_root=True, generated=False),
     roles=[Role("anon", exists=True, exempt="", takeable=True)],
     tables=[TABLE],
     publication_name="bridge",
