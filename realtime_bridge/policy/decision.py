@@ -12,7 +12,7 @@ from realtime_bridge.policy.catalog import CatalogTable
 from realtime_bridge.policy.compiler import compile_expression
 from realtime_bridge.policy.expression import And, Expression, Or, Query, UnsupportedExpression, queries_of
 from realtime_bridge.policy.facts import digest_of
-from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
+from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of, asked_together
 from realtime_bridge.policy.reading import ask_whole, parse_expression
 
 RULE: Final = "BRIDGE_POLICIES"
@@ -196,7 +196,7 @@ def _combine(parts: Sequence[Part], table: CatalogTable, types: Mapping[str, str
     permissive = [part for part in parts if part.permissive]
     restrictive = [part for part in parts if not part.permissive]
     try:
-        some = any_of(compiled(part.expression) for part in permissive)
+        some = asked_together(any_of(compiled(part.expression) for part in permissive))
         return all_of([some, *(compiled(part.expression) for part in restrictive)])
     except UnsupportedExpression:
         if types is None:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from realtime_bridge.change import ABSENT, Image
 from realtime_bridge.policy.atoms import Among, Answer, Atom, Facts, Holds, Missing, RowTerm, Same, Truth, UserTerm
-from realtime_bridge.policy.expression import Asked, Fact, UnsupportedExpression
+from realtime_bridge.policy.expression import Asked, Fact, UnsupportedExpression, any_asked
 
 MAX_CONJUNCTS: Final = 64
 
@@ -171,6 +171,33 @@ def all_of(predicates: Iterable[Predicate]) -> Predicate:
         UnsupportedExpression: the result has too many alternatives.
     """
     return reduce(lambda a, b: Predicate(both(a.conjuncts, b.conjuncts), a.facts | b.facts), predicates, EVERYTHING)
+
+
+def asked_together(predicate: Predicate) -> Predicate:
+    """The same, with alternatives that Postgres alone decides by the same columns put to it as one question.
+
+    Each question has its price, whoever of them is answered yes first. Over other columns it stays another question:
+    answers are remembered by the columns' values.
+    """
+    alike: dict[tuple[str, ...], list[Asked]] = {}
+    rest: list[Conjunct] = []
+    for conjunct in predicate.conjuncts:
+        asked = _only_question(conjunct)
+        if asked is None:
+            rest.append(conjunct)
+        else:
+            alike.setdefault(asked.columns, []).append(asked)
+    together = (frozenset({Literal(Answer(any_asked(questions)), TRUE_ONLY)}) for questions in alike.values())
+    return Predicate((*rest, *together), predicate.facts)
+
+
+def _only_question(conjunct: Conjunct) -> Asked | None:
+    """What is asked about user and row, if nothing else is asked for."""
+    if len(conjunct) != 1:
+        return None
+    (literal,) = conjunct
+    is_alone = isinstance(literal.atom, Answer) and literal.wanted == TRUE_ONLY and literal.atom.asked.of_user
+    return literal.atom.asked if is_alone and isinstance(literal.atom, Answer) else None
 
 
 # -- normal form -------------------------------------------------------------------------------------------------------
