@@ -13,7 +13,7 @@ from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Position
 from realtime_bridge.dev.engines import EmbeddedValkey
 from realtime_bridge.errors import BrokerError, HistoryGoneError, LeaseLostError
-from tests.contract.brokers import LIMITS, changes, entries_up_to, news, seen, update
+from tests.contract.brokers import LIMITS, changes, entries_up_to, news, reachable, seen, until_broken, update
 from tests.services import eventually, running
 
 pytestmark = pytest.mark.fault
@@ -40,25 +40,6 @@ async def following(broker: RedisBroker) -> AsyncIterator[AsyncIterator[Update]]
     async with broker.follow() as updates:
         await update(updates)
         yield updates
-
-
-async def until_broken(updates: AsyncIterator[Update]) -> None:
-    """The follower says so within the time after which a reader may think it deaf."""
-
-    async def read_on() -> None:
-        async for _ in updates:
-            pass
-
-    with pytest.raises(BrokerError):
-        await asyncio.wait_for(read_on(), 6)
-
-
-async def reachable(broker: RedisBroker) -> bool:
-    try:
-        await broker.head()
-    except BrokerError:
-        return False
-    return True
 
 
 async def test_a_killed_redis_ends_the_follower_and_a_durable_one_goes_on(durable_server: EmbeddedValkey) -> None:

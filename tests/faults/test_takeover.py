@@ -1,9 +1,7 @@
 """Two replicas, one upstream: when the leader dies, freezes or leaves, the other goes on and nothing is lost."""
 
 import asyncio
-import re
 import signal
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,12 +10,11 @@ import pytest
 
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
-from tests.clients import http, open_socket, receive, receive_data
+from tests.clients import open_socket, receive, receive_data
 from tests.services import eventually, token
+from tests.steady import ADA, SteadyWriter, leads
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(120)]
-
-ADA = str(uuid.UUID(int=1))
 
 
 @asynccontextmanager
@@ -32,14 +29,6 @@ async def two_bridges(
         yield one, two
 
 
-async def leads(bridge: BridgeProcess) -> bool:
-    async with http(bridge.url) as client:
-        page = (await client.get("/metrics")).text
-    found = re.search(r"^realtime_bridge_leading (\S+)$", page, re.M)
-    assert found is not None
-    return float(found[1]) == 1
-
-
 async def readers(database: str) -> list[str]:
     """Names of the connections that read a slot of this database."""
     connection = await asyncpg.connect(database)
@@ -51,26 +40,6 @@ async def readers(database: str) -> list[str]:
         return [row["name"] for row in rows]
     finally:
         await connection.close()
-
-
-class SteadyWriter:
-    """Inserts titles 0, 1, 2 … of one user, some a second, until it is stopped."""
-
-    def __init__(self, database: str) -> None:
-        self._database = database
-        self.written = 0
-        self._stop = asyncio.Event()
-
-    async def run(self) -> None:
-        connection = await asyncpg.connect(self._database)
-        while not self._stop.is_set():
-            await connection.execute("insert into posts (user_id, title) values ($1, $2)", ADA, str(self.written))
-            self.written += 1
-            await asyncio.sleep(0.01)
-        await connection.close()
-
-    def stop(self) -> None:
-        self._stop.set()
 
 
 async def read_titles(url: str, titles: list[str], opened: asyncio.Event) -> None:
