@@ -40,6 +40,7 @@ WATCH_SECONDS: Final = 1.0
 """For how long a change of rights that nothing announces may go unnoticed."""
 _BACKOFF_SECONDS: Final = 0.25
 _SETTLE_SECONDS: Final = 3.0
+_READ: Final = 500
 
 
 class Start(NamedTuple):
@@ -172,7 +173,7 @@ class Hub:
                 number = await self._broker.locate(Position(standing.epoch, standing.number))
                 await self._fork(update.epoch, number)
             while standing.number < begins:
-                entries = await self._broker.read(standing.number)
+                entries = await self._broker.read(standing.number, limit=min(_READ, begins - standing.number))
                 known = standing.window.last_id()
                 if not entries or (known is not None and entries[0].previous != known):
                     raise HistoryGoneError("the history is not the continuation of what was seen")
