@@ -49,6 +49,8 @@ DEAF_AFTER_SECONDS: Final = 10.0
 """Without a proof for so long, what stands between the database and here counts as broken."""
 _SPARE_FILES: Final = 256
 _BEGIN_SECONDS: Final = 10.0
+_CANCEL_AGAIN_SECONDS: Final = 3.0
+"""Longer than any part takes to end."""
 
 
 @dataclass(frozen=True)
@@ -258,8 +260,11 @@ class _BackgroundTasks:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for task in self._lasting:
-            task.cancel()
+        # Perhaps more than once: before Python 3.13 a task group that is cancelled while an error ends it forgets that.
+        while present := [task for task in self._lasting if not task.done()]:
+            for task in present:
+                task.cancel()
+            await asyncio.wait(present, timeout=_CANCEL_AGAIN_SECONDS)
         await self._group.__aexit__(None, None, None)  # which would wrap an error of the block in a group
 
     def forever(self, name: str, run: Any) -> None:
