@@ -61,7 +61,7 @@ Argument: TypeAlias = str | bytes | int | float
 
 _IDENTITY: Final = "refuses the user name and password of REDIS_URL, or that there are none"
 _PERMISSION: Final = "does not allow its user what the bridge needs (see ACL SETUSER)"
-_MEMORY: Final = "is out of memory: raise maxmemory or lower BRIDGE_HISTORY_BYTES"
+_MEMORY: Final = "is out of memory: raise maxmemory, which BRIDGE_HISTORY_BYTES has to fit into"
 _REPLICA: Final = "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://"
 _LOADING: Final = "is still loading its data"
 _SILENCE: Final = "does not answer"
