@@ -10,7 +10,6 @@ Layer: whole. May import: everything.
 import asyncio
 import logging
 import resource
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -208,8 +207,7 @@ class Bridge:
 
     def _check_upstream(self, running: Running) -> Check:
         """A live leader proves once a second, through the broker, that it misses nothing."""
-        until = running.hub.complete_until
-        age = time.time() - until if until else None
+        age = running.hub.proof_age
         if age is not None and age <= DEAF_AFTER_SECONDS:
             return Check(True)
         reason = "nothing proven yet" if age is None else f"nothing proven for {age:.0f} s"

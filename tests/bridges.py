@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -27,7 +28,11 @@ def environment(database: str, **settings: str) -> dict[str, str]:
 
 
 class BridgeProcess:
-    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so."""
+    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so.
+
+    Attributes:
+        plant: called in its process before it begins, to change what it is.
+    """
 
     def __init__(self, database: str, *arguments: str, **settings: str) -> None:
         self._environment = environment(database, **settings)
@@ -35,6 +40,7 @@ class BridgeProcess:
         self._folder = TemporaryDirectory(prefix="bridge-test-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "log")
         self._log.touch()
+        self.plant: Callable[[], None] | None = None
         self.port = 0  # the system picks one at the first start, and later starts keep it
 
     @property
@@ -56,7 +62,7 @@ class BridgeProcess:
 
     def start(self) -> None:
         arguments = ["serve", "--port", str(self.port), *self._arguments]
-        self._process = fork(arguments, self._environment, self._folder.name, self._log)
+        self._process = fork(arguments, self._environment, self._folder.name, self._log, self.plant)
 
     async def ready(self, timeout: float = 30) -> None:
         """Wait until it listens and says that it can do its job."""

@@ -157,7 +157,7 @@ class Hub:
         else:
             await self._reconcile(update)
             await self._extend(update)
-        standing.proven_until = update.proven_until  # less than before, where a fork has cut off what was proven
+        standing.prove(update.proven_until, self._loop.time())
 
     async def _reconcile(self, update: Update) -> None:
         """After following anew: get from where this process stood to where the update begins."""
@@ -259,6 +259,11 @@ class Hub:
     def complete_until(self) -> float | None:
         """Seconds since 1970 up to which nothing is missing here, or None if nothing is proven yet."""
         return self._standing.proven_until or None
+
+    @property
+    def proof_age(self) -> float | None:
+        """Seconds since it was proven anew that nothing is missing here, or None if it is not proven."""
+        return self._loop.time() - self._standing.proven_at if self._standing.proven_until else None
 
     @property
     def position(self) -> str:
