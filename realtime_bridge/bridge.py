@@ -10,7 +10,6 @@ Layer: whole. May import: everything.
 import asyncio
 import logging
 import resource
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -51,6 +50,8 @@ DEAF_AFTER_SECONDS: Final = 10.0
 """Without a proof for so long, what stands between the database and here counts as broken."""
 _SPARE_FILES: Final = 256
 _BEGIN_SECONDS: Final = 10.0
+_CANCEL_AGAIN_SECONDS: Final = 3.0
+"""Longer than any part takes to end."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,7 @@ class Bridge:
 
     def _check_upstream(self, running: Running) -> Check:
         """A live leader proves once a second, through the broker, that it misses nothing."""
-        until = running.hub.complete_until
-        age = time.time() - until if until else None
+        age = running.hub.proof_age
         if age is not None and age <= DEAF_AFTER_SECONDS:
             return Check(True)
         reason = "nothing proven yet" if age is None else f"nothing proven for {age:.0f} s"
@@ -282,8 +282,11 @@ class _BackgroundTasks:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for task in self._lasting:
-            task.cancel()
+        # Perhaps more than once: before Python 3.13 a task group that is cancelled while an error ends it forgets that.
+        while present := [task for task in self._lasting if not task.done()]:
+            for task in present:
+                task.cancel()
+            await asyncio.wait(present, timeout=_CANCEL_AGAIN_SECONDS)
         await self._group.__aexit__(None, None, None)  # which would wrap an error of the block in a group
 
     def forever(self, name: str, run: Any) -> None:

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -35,7 +35,11 @@ def run(*arguments: str, folder: Path, environment: Mapping[str, str]) -> "subpr
 
 
 class BridgeProcess:
-    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so."""
+    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so.
+
+    Attributes:
+        plant: called in its process before it begins, to change what it is.
+    """
 
     def __init__(self, database: str, *arguments: str, **settings: str) -> None:
         self._environment = environment(database, **settings)
@@ -43,6 +47,7 @@ class BridgeProcess:
         self._folder = TemporaryDirectory(prefix="bridge-test-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "log")
         self._log.touch()
+        self.plant: Callable[[], None] | None = None
         self.port = 0  # the system picks one at the first start, and later starts keep it
 
     @property
@@ -64,7 +69,7 @@ class BridgeProcess:
 
     def start(self) -> None:
         arguments = ["serve", "--port", str(self.port), *self._arguments]
-        self._process = fork(arguments, self._environment, self._folder.name, self._log)
+        self._process = fork(arguments, self._environment, self._folder.name, self._log, self.plant)
 
     async def ready(self, timeout: float = 30) -> None:
         """Wait until it listens and says that it can do its job."""

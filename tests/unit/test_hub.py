@@ -104,6 +104,7 @@ class ForkingBroker(MemoryBroker):
         self.forks: list[tuple[str, int]] = []
         self.batch = 500
         self.down = False
+        self.cuts_off = False
         self.poison = 0
 
     def fork(self, number: int) -> None:
@@ -146,6 +147,9 @@ class ForkingBroker(MemoryBroker):
         yield Update("entries", epoch, number, (), self._proven_until)
         while True:
             appended = self._appended
+            if self.cuts_off:
+                self.cuts_off = False
+                raise BrokerError("cut off")
             if epoch != self._epoch:
                 common = self._common(epoch)
                 assert common is not None
@@ -659,6 +663,25 @@ async def test_a_pong_in_a_fan_out_does_not_fall_behind_the_change_before_it() -
                     assert world.hub.position_of(connection) == reader.messages[-1]["position"]
             await passes(1)
         assert seen
+
+
+async def test_what_is_appended_while_it_follows_anew_makes_no_history_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as world:
+        _, reader = await world.connect()
+        await world.append(insert(1))
+        await world.settled()
+        read = world.broker.read
+
+        async def read_late(after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
+            monkeypatch.setattr(world.broker, "read", read)
+            await world.append(insert(3))
+            return await read(after, limit=limit)
+
+        monkeypatch.setattr(world.broker, "read", read_late)
+        world.broker.cuts_off = True
+        await world.append(insert(2))
+        await eventually(lambda: reader.keys == [1, 2, 3])
+        assert (reader.resyncs, world.broker.read) == ([], read)
 
 
 async def test_what_is_proven_is_taken_back_where_a_fork_cut_it_off() -> None:
