@@ -25,7 +25,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from realtime_bridge.hub.base import Receiver, Sink
-from realtime_bridge.transports.transport_sinks import EventSink, SocketSink
+from realtime_bridge.transports.transport_sinks import EventSink, SocketSink, tell_of_shutdown
 
 _CREDENTIALS: Final = ("token", "ticket", "apikey")
 
@@ -117,7 +117,7 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._give_away(self._make_receiver)
 
     def _give_away(self, make_receiver: Callable[[Sink], Receiver]) -> None:
-        sink = SocketSink(self.transport, self.connections, send_buffer_bytes=self._send_buffer_bytes)
+        sink = SocketSink(self.transport, self.connections, self.app_state, send_buffer_bytes=self._send_buffer_bytes)
         sink.serve(make_receiver(sink))
         self._sink = sink
         if early := self._take_early():
@@ -181,9 +181,7 @@ class BridgeHttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def shutdown(self) -> None:
-        bridge = self.app_state.get("realtime_bridge")
-        if bridge is not None:
-            bridge.drain()
+        tell_of_shutdown(self.app_state)
         super().shutdown()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -193,7 +191,7 @@ class BridgeHttpProtocol(HttpToolsProtocol):
         self, cycle: RequestResponseCycle, make_receiver: Callable[[Sink], Receiver], send_buffer_bytes: int
     ) -> None:
         """Leave the transport to an `EventSink`; called once the head of the response is written."""
-        sink = EventSink(self.transport, self.connections, send_buffer_bytes=send_buffer_bytes)
+        sink = EventSink(self.transport, self.connections, self.app_state, send_buffer_bytes=send_buffer_bytes)
         sink.serve(make_receiver(sink))
         cycle.response_complete = True
         cycle.message_event.set()
