@@ -37,8 +37,9 @@ _NOTSENT_BYTES: Final = 16 * 1024
 transport's buffer. What is on its way is not counted, so a far link stays busy: with 100 ms of round trip one
 connection carried 27 MB/s, and 30 without the limit."""
 
-_UNACKNOWLEDGED_SECONDS: Final = 55.0
-"""How long an event stream's peer may leave bytes unacknowledged, or its window closed, before it counts as gone."""
+UNACKNOWLEDGED_SECONDS: Final = 30.0
+"""How long the peer of anything but a WebSocket, which has pongs, may leave bytes unacknowledged, or its window closed,
+before it counts as gone. The bytes may be those of a ping, so that it is noticed half a minute after one is due."""
 
 _PING: Final = (ping_frame(),)
 _COMMENT: Final = (COMMENT,)
@@ -158,6 +159,7 @@ class SocketSink(_TransportSink):
         send_buffer_bytes: int,
     ) -> None:
         super().__init__(transport, connections, app_state, send_buffer_bytes=send_buffer_bytes)
+        drop_unacknowledged(transport, 0)
         self._parser = FrameParser()
         self._owed_pong: bytes | None = None
         self._listening = True  # what arrives can still be understood
@@ -251,17 +253,6 @@ class EventSink(_TransportSink):
 
     encoding = Encoding.EVENT
 
-    def __init__(
-        self,
-        transport: asyncio.Transport,
-        connections: set[Any],
-        app_state: Mapping[str, Any],
-        *,
-        send_buffer_bytes: int,
-    ) -> None:
-        super().__init__(transport, connections, app_state, send_buffer_bytes=send_buffer_bytes)
-        _drop_when_unacknowledged(transport)
-
     # Sink
 
     def ping(self) -> None:
@@ -313,13 +304,13 @@ def _show_owed_bytes(transport: asyncio.Transport) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, _NOTSENT_BYTES)
 
 
-def _drop_when_unacknowledged(transport: asyncio.Transport) -> None:
-    """Let the kernel end a link whose peer vanished, since nothing in the protocol would ever answer."""
+def drop_unacknowledged(transport: asyncio.Transport, after_seconds: float) -> None:
+    """Let the kernel end a link whose peer vanished or takes nothing any more; 0 leaves it as the system has it."""
     option = getattr(socket, "TCP_USER_TIMEOUT", None)
     sock = transport.get_extra_info("socket")
     if option is not None and sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):  # the peer may be gone already
-            sock.setsockopt(socket.IPPROTO_TCP, option, int(_UNACKNOWLEDGED_SECONDS * 1000))
+            sock.setsockopt(socket.IPPROTO_TCP, option, int(after_seconds * 1000))
 
 
 class _Nobody:

@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
 import httpx
 import pytest
@@ -15,9 +14,9 @@ from websockets.exceptions import ConnectionClosed
 
 from realtime_bridge.transports.transport_sinks import SocketSink
 from tests.bridges import BridgeProcess
-from tests.clients import Message, http, open_socket, receive
+from tests.clients import SOCKET, STREAM, Link, Message, http, open_link, open_socket, receive
 from tests.services import eventually, token
-from tests.steady import ADA, leads
+from tests.steady import ADA, leads, metric
 from tests.ways import SHARED_WAYS, Way
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(120)]
@@ -28,40 +27,9 @@ SPREAD_MS = SocketSink.restart_spread_seconds * 1000
 MANY = {"BRIDGE_MAX_CONNECTIONS_PER_USER": "1000", "BRIDGE_DRAIN_SECONDS": str(DRAIN_SECONDS)}
 
 
-def head(path: str, *headers: str) -> bytes:
-    lines = [f"GET {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {token(ADA)}", *headers]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-UPGRADE = (
-    "Connection: Upgrade",
-    "Upgrade: websocket",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-)
-
-
-@asynccontextmanager
-async def link(bridge: BridgeProcess, request: bytes, until: bytes) -> AsyncIterator[asyncio.StreamReader]:
-    """A connection of bare bytes, which says no more than its request."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", bridge.port)
-    try:
-        writer.write(request)
-        await reader.readuntil(until)
-        yield reader
-    finally:
-        writer.transport.abort()
-        with suppress(OSError):
-            await writer.wait_closed()
-
-
-def deaf_socket(bridge: BridgeProcess) -> AbstractAsyncContextManager[asyncio.StreamReader]:
+def deaf_socket(bridge: BridgeProcess) -> AbstractAsyncContextManager[Link]:
     """A WebSocket of a client that never joins in a close."""
-    return link(bridge, head("/ws", *UPGRADE), b"101 Switching Protocols")
-
-
-def stream(bridge: BridgeProcess) -> AbstractAsyncContextManager[asyncio.StreamReader]:
-    return link(bridge, head("/events", "Accept: text/event-stream"), b'"type":"ready"')
+    return open_link(bridge.url, token(ADA), *SOCKET)
 
 
 async def poll(bridge: BridgeProcess) -> Message:
@@ -94,30 +62,25 @@ async def refuses(bridge: BridgeProcess) -> bool:
     return False
 
 
-async def has_connections(bridges: Sequence[BridgeProcess], count: int) -> bool:
-    pages = []
-    for bridge in bridges:
-        async with http(bridge.url) as client:
-            pages.append((await client.get("/metrics")).text)
-    found = [re.search(r"^realtime_bridge_connections (\S+)$", page, re.M) for page in pages]
-    return sum(float(match[1]) for match in found if match is not None) == count
+async def has_connections(bridge: BridgeProcess, count: int) -> bool:
+    return await metric(bridge, "connections") == count
 
 
 async def test_everybody_is_let_go_in_time_and_nobody_is_taken_in(way: Way) -> None:
     async with way.bridge(**MANY) as bridge, AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
         sockets = [await stack.enter_async_context(open_socket(bridge.url, token(ADA))) for _ in range(100)]
-        streams = [await stack.enter_async_context(stream(bridge)) for _ in range(10)]
+        streams = [await stack.enter_async_context(open_link(bridge.url, token(ADA), *STREAM)) for _ in range(10)]
         polls = [tasks.create_task(poll(bridge)) for _ in range(10)]
         await stack.enter_async_context(deaf_socket(bridge))
-        await eventually(lambda: has_connections([bridge], 121))
+        await eventually(lambda: has_connections(bridge, 121))
         bridge.signal(signal.SIGTERM)
         ended = tasks.create_task(asyncio.to_thread(bridge.wait, DRAIN_SECONDS))
         farewells = [await farewell(socket) for socket in sockets]
         assert {code for code, _ in farewells} == {1012}
         times = [after_ms for _, after_ms in farewells]
         assert (min(times) < SPREAD_MS / 2 < max(times) <= SPREAD_MS, len(set(times)) > 50) == (True, True)
-        for reader in streams:
-            last = (await reader.read()).decode()
+        for link in streams:
+            last = (await link.reader.read()).decode()
             assert re.search(r"(?:^|\n)retry: \d+\n\n$", last), last
         for answer in polls:
             assert (await answer).keys() >= {"messages", "position", "more"}
@@ -131,7 +94,7 @@ async def test_a_leader_hands_over_before_its_clients_have_gone(way: Way) -> Non
     async with way.replicas(2, **MANY, BRIDGE_TAKEOVER_SECONDS="600") as (leader, follower):
         assert await leads(leader)
         async with deaf_socket(leader):
-            await eventually(lambda: has_connections([leader], 1))
+            await eventually(lambda: has_connections(leader, 1))
             leader.signal(signal.SIGTERM)
             ended = asyncio.create_task(asyncio.to_thread(leader.wait, DRAIN_SECONDS))
             await eventually(lambda: leads(follower), DRAIN_SECONDS)
