@@ -194,6 +194,8 @@ async def test_notifications_stay_with_the_node_that_has_the_namespace(sharded: 
         token = await broker.acquire_lease(ttl=60)
         await broker.append(token, changes(1))
         assert seen((await news(updates)).entries) == [1]
+        commands = await ask(sharded.primary, "INFO", "commandstats")
+        assert ("cmdstat_spublish" in commands, "cmdstat_publish" in commands) == (True, False)
 
 
 async def test_a_namespace_that_moves_to_another_node_is_followed(sharded: Cluster, namespace: str) -> None:
