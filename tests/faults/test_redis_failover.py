@@ -19,6 +19,7 @@ from tests.proxies import Proxy
 from tests.redises import (
     Cluster,
     Replicating,
+    Sentinel,
     Sentinels,
     ask,
     cluster,
@@ -174,6 +175,14 @@ async def test_a_frozen_sentinel_holds_nobody_up(watched: Sentinels, namespace: 
         watched.primary.kill()
         await eventually(lambda: is_primary(watched.replica), 30)
         await eventually(lambda: reachable(broker), 30)
+
+
+async def test_a_sentinel_that_has_another_opinion_is_outvoted(watched: Sentinels, namespace: str) -> None:
+    with running(Replicating()) as former, running(Sentinel(former)) as mistaken:
+        url = watched.url.replace("//", f"//127.0.0.1:{mistaken.port},")
+        async with open_redis(url, namespace) as [broker]:
+            await broker.acquire_lease(ttl=60)
+        assert (await ask(watched.primary, "DBSIZE") > 0, await ask(former, "DBSIZE")) == (True, 0)
 
 
 async def test_the_nodes_that_are_named_may_all_be_gone_once_others_are_known(sharded: Cluster, namespace: str) -> None:
