@@ -92,6 +92,7 @@ class Bridge:
             logger.warning("SUPABASE_JWT_SECRET is shorter than 32 bytes and can be guessed")
         self.metrics = Metrics(self._readings)
         self._running: Running | None = None
+        self._ingesting: asyncio.Task[None] | None = None
 
     @cached_property
     def router(self) -> APIRouter:
@@ -146,7 +147,7 @@ class Bridge:
             self._running = running = self._assemble(broker, policy, source, database, tasks)
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
-            tasks.forever("ingest", running.ingest.run)
+            self._ingesting = tasks.forever("ingest", running.ingest.run)
             tasks.forever("guarantee", running.guarantor.run)
             if running.slot is not None:
                 tasks.forever("slot", running.slot.run)
@@ -195,10 +196,12 @@ class Bridge:
         return Running(broker, hub, ingest, policy, database, slot, guarantor, tickets, websocket, events, draining)
 
     def drain(self) -> None:
-        """Take no new connections, and answer every poll that waits. Idempotent."""
+        """Take no new connections, answer every poll that waits, and let another process lead. Idempotent."""
         if self._running is not None and not self._running.draining.is_set():
             self._running.hub.draining = True
             self._running.draining.set()
+            if self._ingesting is not None:
+                self._ingesting.cancel()
 
     def _stop(self) -> None:
         self._running = None
@@ -289,7 +292,7 @@ class _BackgroundTasks:
             await asyncio.wait(present, timeout=_CANCEL_AGAIN_SECONDS)
         await self._group.__aexit__(None, None, None)  # which would wrap an error of the block in a group
 
-    def forever(self, name: str, run: Any) -> None:
+    def forever(self, name: str, run: Any) -> asyncio.Task[None]:
         """Run a coroutine function for ever; a fault of ours is logged, and it begins again."""
 
         async def again() -> None:
@@ -301,6 +304,7 @@ class _BackgroundTasks:
                 await asyncio.sleep(1)
 
         self._lasting.append(self._group.create_task(again(), name=name))
+        return self._lasting[-1]
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run short work; a fault in it is logged, and ends nothing else."""

@@ -98,20 +98,20 @@ class BridgeProcess:
         """Start it where it is expected to end by itself: the exit status."""
         self.start()
         try:
-            return self._wait(timeout)
+            return self.wait(timeout)
         finally:
             self.kill()
 
     def stop(self, timeout: float = 15) -> int:
         """SIGTERM, and the exit status."""
         self._process.terminate()
-        return self._wait(timeout)
+        return self.wait(timeout)
 
     def kill(self) -> None:
         self._process.kill()
-        self._wait(5)
+        self.wait(5)
 
-    def _wait(self, timeout: float) -> int:
+    def wait(self, timeout: float) -> int:
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"the bridge does not end:\n{self.log}"
         return self._process.exitcode

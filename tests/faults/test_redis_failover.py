@@ -19,6 +19,7 @@ from tests.proxies import Proxy
 from tests.redises import (
     Cluster,
     Replicating,
+    Sentinel,
     Sentinels,
     ask,
     cluster,
@@ -176,6 +177,14 @@ async def test_a_frozen_sentinel_holds_nobody_up(watched: Sentinels, namespace: 
         await eventually(lambda: reachable(broker), 30)
 
 
+async def test_a_sentinel_that_has_another_opinion_is_outvoted(watched: Sentinels, namespace: str) -> None:
+    with running(Replicating()) as former, running(Sentinel(former)) as mistaken:
+        url = watched.url.replace("//", f"//127.0.0.1:{mistaken.port},")
+        async with open_redis(url, namespace) as [broker]:
+            await broker.acquire_lease(ttl=60)
+        assert (await ask(watched.primary, "DBSIZE") > 0, await ask(former, "DBSIZE")) == (True, 0)
+
+
 async def test_the_nodes_that_are_named_may_all_be_gone_once_others_are_known(sharded: Cluster, namespace: str) -> None:
     url = f"redis+cluster://127.0.0.1:{sharded.primary.port}"
     async with open_redis(url, namespace) as [broker]:
@@ -194,6 +203,8 @@ async def test_notifications_stay_with_the_node_that_has_the_namespace(sharded: 
         token = await broker.acquire_lease(ttl=60)
         await broker.append(token, changes(1))
         assert seen((await news(updates)).entries) == [1]
+        commands = await ask(sharded.primary, "INFO", "commandstats")
+        assert ("cmdstat_spublish" in commands, "cmdstat_publish" in commands) == (True, False)
 
 
 async def test_a_namespace_that_moves_to_another_node_is_followed(sharded: Cluster, namespace: str) -> None:

@@ -1,7 +1,8 @@
-"""How long ingest waits before it tries again."""
+"""How long ingest waits before it tries again, and before it acknowledges."""
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,8 +11,8 @@ import pytest
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.change import Relation
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError, SourceError
-from realtime_bridge.ingest import Ingest
-from realtime_bridge.sources.base import Page, SourceStream
+from realtime_bridge.ingest import ACKNOWLEDGE_AFTER_SECONDS, Ingest, _Trail
+from realtime_bridge.sources.base import Page, SourceBatch, SourceStream
 from tests.services import eventually
 
 TTL = 3.0
@@ -69,3 +70,27 @@ async def test_what_is_the_brokers_is_tried_again_soon_and_what_is_the_sources_w
         running.cancel()
     assert waits[0] == 0.25
     assert max(waits) == longest
+
+
+class Acknowledged:
+    """A stream that keeps what it is told of."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+
+    def __aiter__(self) -> AsyncIterator[SourceBatch]:
+        raise NotImplementedError
+
+    def acknowledge(self, acknowledge: int) -> None:
+        self.places.append(acknowledge)
+
+
+def test_the_acknowledgement_trails_the_append(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    trail = _Trail(stream := Acknowledged())
+    for place in range(12):
+        trail.note(place)
+        assert all(noted <= place - ACKNOWLEDGE_AFTER_SECONDS for noted in stream.places)
+        now += 1.0
+    assert stream.places == [*range(12 - int(ACKNOWLEDGE_AFTER_SECONDS))]
