@@ -11,7 +11,6 @@ Layer: adapters (contract). May import: words.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from realtime_bridge.change import Entry
@@ -71,8 +70,7 @@ class Verdict(NamedTuple):
     new: bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class Audience:
+class Audience(NamedTuple):
     """Who of the present members may see a change.
 
     The sets may be shared with the policy's own: read them before the next call, and never change them.

@@ -10,8 +10,8 @@ Layer: adapters. May import: words, policy.*.
 
 import asyncio
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
 from typing import Final
 
 from realtime_bridge.change import Change, Entry, Image, Relation
@@ -307,7 +307,7 @@ class PolicyEngine:
             run = []
             doubtful = self._put_in_doubt(entry)
             (audience,) = await self._decide_run([entry])
-            answers.append(_own(replace(audience, doubtful=doubtful)))
+            answers.append(_own(audience._replace(doubtful=doubtful)))
         return answers + await self._decide_run(run)
 
     def _put_in_doubt(self, entry: Entry) -> frozenset[Member]:
@@ -327,15 +327,14 @@ class PolicyEngine:
     async def _decide_run(self, run: Sequence[Entry]) -> list[Audience]:
         changes = [entry.body if isinstance(entry.body, Change) else None for entry in run]
         answers: list[Audience] = []
-        self._expire_answers(changes)
+        asking = self._begin_to_ask(changes)
         for _ in range(_ROUNDS if run else 0):
             answers = [_NOBODY if change is None else self._audience(change) for change in changes]
-            if not await self._answer(changes):
+            if not (asking and await self._answer(asking)):
                 break
         self.undecided += sum(bool(answer.unknown) for answer in answers)
-        if self.shadow is not None:
-            for change, answer in zip(changes, answers, strict=True):
-                self._draw(self.shadow, change, answer)
+        if self.shadow is not None and self.shadow.draws(len(run)):
+            self._draw(self.shadow, *random.choice(list(zip(changes, answers, strict=True))))
         return answers
 
     def _draw(self, shadow: Shadow, change: Change | None, audience: Audience) -> None:
@@ -347,28 +346,25 @@ class PolicyEngine:
         """See `Policy.verdicts`."""
         changes = [entry.body if isinstance(entry.body, Change) else None for entry in entries]
         found: list[Verdict] = []
-        self._expire_answers(changes)
+        asking = self._begin_to_ask(changes)
         for _ in range(_ROUNDS):
             found = [_NOTHING if change is None else self._verdict(change, member) for change in changes]
-            if not await self._answer(changes):
+            if not (asking and await self._answer(asking)):
                 break
         return found
 
-    def _expire_answers(self, changes: Iterable[Change | None]) -> None:
-        for name in {change.relation.name for change in changes if change is not None}:
-            table = self._tables.get(name)
-            if table is not None and table.asked:
-                self.knowledge.expire_answers(table)
+    def _begin_to_ask(self, changes: Iterable[Change | None]) -> set[Table]:
+        """The tables of these changes of whose rows Postgres is asked, without the answers that hold no more by now."""
+        names = {change.relation.name for change in changes if change is not None}
+        asking = {table for name in names if (table := self._tables.get(name)) is not None and table.asked}
+        for table in asking:
+            self.knowledge.expire_answers(table)
+        return asking
 
-    async def _answer(self, changes: Sequence[Change | None]) -> bool:
+    async def _answer(self, tables: Iterable[Table]) -> bool:
         """Have Postgres asked what was left open; whether it is worth looking again."""
-        tables = {self._tables[c.relation.name] for c in changes if c is not None and c.relation.name in self._tables}
         questions: list[tuple[AudienceIndex, Question]] = [
-            (index, question)
-            for table in tables
-            if table.asked
-            for index in table.indexes
-            for question in index.open_questions()
+            (index, question) for table in tables for index in table.indexes for question in index.open_questions()
         ]
         return bool(questions) and await self.knowledge.answer(questions)
 
@@ -415,8 +411,8 @@ class PolicyEngine:
 
 def _own(audience: Audience) -> Audience:
     """The same with sets of its own, which do not change with the index."""
-    return replace(
-        audience, old=frozenset(audience.old), new=frozenset(audience.new), unknown=frozenset(audience.unknown)
+    return audience._replace(
+        old=frozenset(audience.old), new=frozenset(audience.new), unknown=frozenset(audience.unknown)
     )
 
 

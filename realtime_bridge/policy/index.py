@@ -123,6 +123,8 @@ class AudienceIndex:
         if self._asking:  # nothing is asked for those who see it anyway
             sure = union(seen.sure for seen in found)
             found += [branch.seen(relation.index, image, self.shared, sure) for branch in self._asking]
+        if len(found) == 1:
+            return found[0]
         return Seen(union(seen.sure for seen in found), union(seen.perhaps for seen in found))
 
     def sees(self, member: Member, relation: Relation, image: Image) -> bool | None:

@@ -71,8 +71,13 @@ class Shadow:
         self._drawn: list[_Sample] = []
         self._seen = 0
 
+    def draws(self, count: int) -> bool:
+        """Whether one of so many changes is to be taken: of all since the last check each is as likely as any other."""
+        self._seen += count
+        return random.random() * self._seen < count
+
     def note(self, change: Change, audience: Audience, decision: Decision, members: Members) -> None:
-        """Perhaps draw a change that was decided: of all since the last check each as likely as any other.
+        """Take a change that was drawn in place of what was before.
 
         Args:
             change: of the table that was decided.
@@ -80,10 +85,9 @@ class Shadow:
             decision: by what.
             members: who might have been shown it.
         """
-        self._seen += 1
-        if random.random() * self._seen >= 1 or decision.table.name in self.distrusted:
-            return
         self._drawn = []
+        if decision.table.name in self.distrusted:
+            return
         for image, shown in zip(change.images(), (audience.old, audience.new), strict=True):
             if image is None:
                 continue
