@@ -20,7 +20,7 @@ LAYERS = [
         ],
     ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
-    ("core", ["ingest", "rows", "seeding", "hub"]),
+    ("core", ["ingest", "rows", "seeding", "repair", "hub"]),
     ("edges", ["transports", "rest"]),
     ("whole", ["bridge", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
 ]
