@@ -10,7 +10,6 @@ Layer: whole. May import: everything.
 import asyncio
 import logging
 import resource
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from realtime_bridge.broker.base import Broker
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, UnavailableError
+from realtime_bridge.guarantee import Flow, Guarantor
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.ingest import Ingest
 from realtime_bridge.jwks import GetUser, JwksKeySet
@@ -43,6 +43,7 @@ from realtime_bridge.transports.websocket import WebSocketEndpoint
 
 if TYPE_CHECKING:  # sources and the Redis broker take a while to import, and no process needs all of them
     from realtime_bridge.broker.redis import RedisBroker
+    from realtime_bridge.sources.slot_watch import SlotWatch
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ DEAF_AFTER_SECONDS: Final = 10.0
 """Without a proof for so long, what stands between the database and here counts as broken."""
 _SPARE_FILES: Final = 256
 _BEGIN_SECONDS: Final = 10.0
+_CANCEL_AGAIN_SECONDS: Final = 3.0
+"""Longer than any part takes to end."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Running:
     ingest: Ingest
     policy: PolicyEngine
     database: Database | None
+    slot: "SlotWatch | None"
+    guarantor: Guarantor
     tickets: Tickets
     websocket: WebSocketEndpoint
     events: EventsEndpoint
@@ -88,6 +93,7 @@ class Bridge:
             logger.warning("SUPABASE_JWT_SECRET is shorter than 32 bytes and can be guessed")
         self.metrics = Metrics(self._readings)
         self._running: Running | None = None
+        self._ingesting: asyncio.Task[None] | None = None
 
     @cached_property
     def router(self) -> APIRouter:
@@ -142,7 +148,12 @@ class Bridge:
             self._running = running = self._assemble(broker, policy, source, database, tasks)
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
-            tasks.forever("ingest", running.ingest.run)
+            self._ingesting = tasks.forever("ingest", running.ingest.run)
+            tasks.forever("guarantee", running.guarantor.run)
+            if running.slot is not None:
+                tasks.forever("slot", running.slot.run)
+            if policy.shadow is not None:
+                tasks.forever("shadow", policy.shadow.run)
             if self._keys is not None:
                 tasks.forever("keys", self._keys.run)
             await _begin(running.hub)
@@ -182,13 +193,17 @@ class Bridge:
         credentials = Credentials(self.verifier.verify, tickets, settings.token_in_query)
         websocket = WebSocketEndpoint(hub, credentials, self.allows, tasks.spawn, settings.send_buffer_bytes)
         events = EventsEndpoint(hub, credentials, draining, settings.send_buffer_bytes)
-        return Running(broker, hub, ingest, policy, database, tickets, websocket, events, draining)
+        slot = make_slot_watch(settings)
+        guarantor = make_guarantor(settings, broker, hub)
+        return Running(broker, hub, ingest, policy, database, slot, guarantor, tickets, websocket, events, draining)
 
     def drain(self) -> None:
-        """Take no new connections, and answer every poll that waits. Idempotent."""
+        """Take no new connections, answer every poll that waits, and let another process lead. Idempotent."""
         if self._running is not None and not self._running.draining.is_set():
             self._running.hub.draining = True
             self._running.draining.set()
+            if self._ingesting is not None:
+                self._ingesting.cancel()
 
     def _stop(self) -> None:
         self._running = None
@@ -213,8 +228,7 @@ class Bridge:
 
     def _check_upstream(self, running: Running) -> Check:
         """A live leader proves once a second, through the broker, that it misses nothing."""
-        until = running.hub.complete_until
-        age = time.time() - until if until else None
+        age = running.hub.proof_age
         if age is not None and age <= DEAF_AFTER_SECONDS:
             return Check(True)
         reason = "nothing proven yet" if age is None else f"nothing proven for {age:.0f} s"
@@ -249,11 +263,18 @@ class Bridge:
             "Facts and conditions that Postgres failed to evaluate.",
             policy.knowledge.failed,
         )
+        if policy.shadow is not None:
+            checked, mismatches = policy.shadow.checked, policy.shadow.mismatches
+            yield "counter", "policy_compared", "Decisions compared with Postgres' own, as a sample.", checked
+            yield "counter", "policy_mismatches", "Policies that were decided otherwise than by Postgres.", mismatches
         yield "counter", "slices_from_broker", "Slices read from the broker.", counters.caught_up_from_broker
+        if self._running.slot is not None:
+            kept = self._running.slot.kept_bytes
+            yield "gauge", "slot_kept_bytes", "WAL that Postgres keeps because of the replication slot.", kept
         rows = ingest.state.rows
         yield "counter", "old_rows_unknown", "Changes whose old row could not be had.", rows.unknown
         yield "gauge", "row_index_bytes", "Size of the row index.", rows.size
-        yield "gauge", "row_index_left_out", "Rows for which the row index has no room.", rows.left_out
+        yield "gauge", "row_index_left_out", "Rows met that found no room in the row index.", rows.left_out
         yield "gauge", "row_index_unread_tables", "Tables not all of whose rows are in the row index yet.", rows.unread
         yield "counter", "repaired", "Changes that were read back after a gap.", repair.told
         yield "counter", "repairs_failed", "Resyncs told in place of a repair.", repair.resyncs
@@ -271,11 +292,14 @@ class _BackgroundTasks:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for task in self._lasting:
-            task.cancel()
+        # Perhaps more than once: before Python 3.13 a task group that is cancelled while an error ends it forgets that.
+        while present := [task for task in self._lasting if not task.done()]:
+            for task in present:
+                task.cancel()
+            await asyncio.wait(present, timeout=_CANCEL_AGAIN_SECONDS)
         await self._group.__aexit__(None, None, None)  # which would wrap an error of the block in a group
 
-    def forever(self, name: str, run: Any) -> None:
+    def forever(self, name: str, run: Any) -> asyncio.Task[None]:
         """Run a coroutine function for ever; a fault of ours is logged, and it begins again."""
 
         async def again() -> None:
@@ -287,6 +311,7 @@ class _BackgroundTasks:
                 await asyncio.sleep(1)
 
         self._lasting.append(self._group.create_task(again(), name=name))
+        return self._lasting[-1]
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run short work; a fault in it is logged, and ends nothing else."""
@@ -385,6 +410,12 @@ def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
     return RedisBroker(settings.redis_url.get_secret_value(), namespace=settings.namespace, **limits)
 
 
+def make_guarantor(settings: Settings, broker: "RedisBroker | MemoryBroker", hub: Hub) -> Guarantor:
+    """Who says what is survived with these settings."""
+    ask = None if isinstance(broker, MemoryBroker) else broker.durability
+    return Guarantor(settings, ask, lambda: Flow(hub.counters.entries, hub.counters.entry_bytes))
+
+
 def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:
     """Where tickets are kept: beside the history, so that whoever reads that knows them."""
     return MemoryTicketStore() if isinstance(broker, MemoryBroker) else RedisTicketStore(broker.link)
@@ -410,6 +441,20 @@ def make_source(
     assert settings.supabase_url is not None, "settings.require has looked"
     keys = None if database is None else database.primary_key
     return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables, keys=keys)
+
+
+def make_slot_watch(settings: Settings) -> "SlotWatch | None":
+    """What keeps the slot from filling the disk, with these settings."""
+    if settings.source_kind != "postgres":
+        return None
+    from realtime_bridge.sources.slot_watch import SlotWatch
+
+    return SlotWatch(
+        _secret(settings.database_url),
+        settings.slot,
+        most_bytes=settings.slot_bytes,
+        namespace=settings.namespace,
+    )
 
 
 def make_table_reader(settings: Settings, database: Database | None) -> TableReader:

@@ -83,18 +83,22 @@ class Ingest:
     async def run(self) -> NoReturn:
         """Wait for the lease, copy while it holds, and begin again, until cancelled.
 
-        Every failure is logged once and answered by waiting with backoff and full jitter.
+        Every failure is logged once and answered by waiting with backoff and full jitter. Where it was the broker's,
+        that is never long: somebody has to lead soon after it has come back.
         """
         backoff = _BACKOFF_FIRST
         while True:
             started = time.monotonic()
+            most = _BACKOFF_MOST
             try:
                 await self._lead()
             except BridgeError as error:
                 self._report(error)
+                if isinstance(error, BrokerError | ForkError | LeaseLostError):
+                    most = self._ttl / 3
             if time.monotonic() - started > _BACKOFF_MOST:
                 backoff = _BACKOFF_FIRST
-            await asyncio.sleep(random.uniform(0, backoff))
+            await asyncio.sleep(random.uniform(0, min(backoff, most)))
             backoff = min(backoff * 2, _BACKOFF_MOST)
 
     async def _lead(self) -> None:

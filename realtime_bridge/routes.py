@@ -5,6 +5,7 @@ Layer: whole. May import: everything above.
 
 import base64
 import secrets
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -67,6 +68,7 @@ def make_router(bridge: "Bridge") -> APIRouter:
         body: dict[str, Any] = {
             "status": "ready" if ok else "not ready",
             "complete_until": bridge.running.hub.complete_until,
+            "guarantee": asdict(bridge.running.guarantor.guarantee),
             "checks": {name: {"ok": check.ok, "reason": check.reason} for name, check in checks.items()},
         }
         return JSONResponse(body, status_code=200 if ok else 503)

@@ -43,7 +43,7 @@ class IndexState:
     Attributes:
         unknown: changes whose old row was not to be had, by this process.
         size: bytes, all tables together.
-        left_out: rows that found no room.
+        left_out: rows that found no room; the rest of such a table is not read.
         unread: tables of which not all rows have been read yet.
     """
 

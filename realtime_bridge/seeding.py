@@ -128,7 +128,7 @@ class Seeder:
             return self._rows.generations[table]
 
     async def _read(self, relation: Relation, pace: "_Pace") -> bool:
-        """Read all rows; returns whether they are all there now."""
+        """Read all rows that find room; returns whether they are all there now."""
         generation = await self._begin(relation)
         if generation is None:
             return False
@@ -139,10 +139,16 @@ class Seeder:
                 if not await self._store(relation, generation, _additions(relation, page)):
                     return False
                 count += len(page.rows)
+                if await self._is_full(relation.name):
+                    break  # the rest would be read for nothing
         if not await self._store(relation, generation, [Note(relation, math.ceil(time.time())).change]):
             return False
         logger.info("row index seeded", extra={"table": relation.name, "rows": count})
         return True
+
+    async def _is_full(self, table: str) -> bool:
+        indexed = await self._broker.indexed()
+        return table in indexed and indexed[table].left_out > 0
 
     async def _store(self, relation: Relation, generation: int, changes: Sequence[RowChange]) -> bool:
         """Append, unless the table has lost its rows since what is to be stored began to be read."""

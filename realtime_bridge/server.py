@@ -5,6 +5,7 @@ Layer: whole.
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 
@@ -40,6 +41,16 @@ class BridgeServer(Server):
             self._on_started(self.servers[0].sockets[0].getsockname()[1])
 
 
+class Workers(Multiprocess):
+    """Several processes that share a listening socket, which ends with the first word to stop."""
+
+    def terminate_all(self) -> None:
+        """Stop them. Held open here, the socket would take in connections that nobody serves any more."""
+        for listening in self.sockets:
+            listening.close()
+        super().terminate_all()
+
+
 def run(*, host: str, port: int, workers: int) -> None:
     """Serve until a signal; several workers share one listening socket, and are started again when they die.
 
@@ -62,7 +73,7 @@ def run(*, host: str, port: int, workers: int) -> None:
     if workers > 1:
         listening = config.bind_socket()
         started(listening.getsockname()[1])
-        Multiprocess(config, sockets=[listening]).run()
+        Workers(config, sockets=[listening]).run()
     else:
         BridgeServer(config, started=started).run()
 
@@ -85,7 +96,7 @@ def server_config(settings: Settings, *, host: str, port: int, workers: int = 1)
         server_header=False,
         backlog=4096,
         timeout_keep_alive=75,  # longer than what stands in front keeps a connection to use it again
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=max(1, math.floor(settings.drain_seconds) - 1),  # the rest is for what is done then
     )
 
 

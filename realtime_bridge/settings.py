@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     )
     publication: str = Field("realtime_bridge", description="`postgres` source: the publication to read.")
     slot: str = Field("realtime_bridge", description="`postgres` source: the replication slot to read.")
+    slot_bytes: PositiveInt = Field(
+        4 * 2**30, description="WAL that Postgres may keep for the slot; beyond it the slot is given up as a gap."
+    )
     namespace: str = Field(
         "realtime-bridge", pattern=r"^[A-Za-z0-9_.:-]{1,40}$", description="Prefix of every Redis key."
     )

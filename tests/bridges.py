@@ -4,7 +4,9 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -26,8 +28,18 @@ def environment(database: str, **settings: str) -> dict[str, str]:
     return {**kept, **given}
 
 
+def run(*arguments: str, folder: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """A command of `realtime-bridge` as an operator runs it."""
+    command = [sys.executable, "-m", "realtime_bridge", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=50)
+
+
 class BridgeProcess:
-    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so."""
+    """One `realtime-bridge serve`. Enter it to start it; it is ready when `/readyz` says so.
+
+    Attributes:
+        plant: called in its process before it begins, to change what it is.
+    """
 
     def __init__(self, database: str, *arguments: str, **settings: str) -> None:
         self._environment = environment(database, **settings)
@@ -35,6 +47,7 @@ class BridgeProcess:
         self._folder = TemporaryDirectory(prefix="bridge-test-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "log")
         self._log.touch()
+        self.plant: Callable[[], None] | None = None
         self.port = 0  # the system picks one at the first start, and later starts keep it
 
     @property
@@ -56,7 +69,7 @@ class BridgeProcess:
 
     def start(self) -> None:
         arguments = ["serve", "--port", str(self.port), *self._arguments]
-        self._process = fork(arguments, self._environment, self._folder.name, self._log)
+        self._process = fork(arguments, self._environment, self._folder.name, self._log, self.plant)
 
     async def ready(self, timeout: float = 30) -> None:
         """Wait until it listens and says that it can do its job."""
@@ -85,20 +98,20 @@ class BridgeProcess:
         """Start it where it is expected to end by itself: the exit status."""
         self.start()
         try:
-            return self._wait(timeout)
+            return self.wait(timeout)
         finally:
             self.kill()
 
     def stop(self, timeout: float = 15) -> int:
         """SIGTERM, and the exit status."""
         self._process.terminate()
-        return self._wait(timeout)
+        return self.wait(timeout)
 
     def kill(self) -> None:
         self._process.kill()
-        self._wait(5)
+        self.wait(5)
 
-    def _wait(self, timeout: float) -> int:
+    def wait(self, timeout: float) -> int:
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"the bridge does not end:\n{self.log}"
         return self._process.exitcode

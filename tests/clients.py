@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
@@ -114,6 +116,51 @@ async def open_socket(url: str, token: str | None, /, **query: str | None) -> As
     headers = {} if token is None else bearer(token)
     async with connect(address, additional_headers=headers, compression=None, max_size=None) as socket:
         yield socket
+
+
+SOCKET = (
+    "/ws",
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+)
+STREAM = ("/events", "Accept: text/event-stream")
+
+
+@dataclass
+class Link:
+    """A connection of bare bytes."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @property
+    def socket(self) -> socket.socket:
+        return self.writer.get_extra_info("socket")  # type: ignore[no-any-return]
+
+
+@asynccontextmanager
+async def open_link(url: str, token: str, path: str, *headers: str) -> AsyncIterator[Link]:
+    """A client that sends a request, takes in `ready`, and then does no more than it is made to.
+
+    What it does not read stays with the server, but for some kilobytes.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    address = urlsplit(url)
+    await asyncio.get_running_loop().sock_connect(sock, (address.hostname, address.port))
+    link = Link(*await asyncio.open_connection(sock=sock, limit=2048))
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {token}", *headers]
+    try:
+        link.writer.write("\r\n".join([*lines, "", ""]).encode())
+        await link.reader.readuntil(b'"type":"ready"')
+        yield link
+    finally:
+        link.writer.transport.abort()
+        with suppress(OSError):
+            await link.writer.wait_closed()
 
 
 async def receive(socket: ClientConnection, timeout: float = 10) -> Message:

@@ -15,13 +15,14 @@ from psycopg import sql
 from realtime_bridge.change import ABSENT, Absent, Column, Image, Relation, Value
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import PINNED
+from realtime_bridge.policy.atoms import Truth, Values
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.expression import Asked, Claim, Fact, Is, Query, queries_of
 from realtime_bridge.policy.facts import read_facts
 from realtime_bridge.policy.index import AudienceIndex, Question
-from realtime_bridge.policy.predicate import Predicate, Truth, Values, all_of, any_of
+from realtime_bridge.policy.predicate import Predicate, all_of, any_of
 from realtime_bridge.policy.reading import parse_expression
 from tests.expressions import DATA, SCHEMA, TABLE, USERS
 

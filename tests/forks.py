@@ -6,7 +6,7 @@ there, too, and so must not import what tests do.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -22,16 +22,25 @@ PRELOADED = [
 ]
 
 
-def fork(arguments: Sequence[str], environment: Mapping[str, str], folder: str, log: Path) -> ForkServerProcess:
-    """Run `realtime-bridge` in a folder, its output appended to a log."""
+def fork(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    log: Path,
+    plant: Callable[[], None] | None = None,
+) -> ForkServerProcess:
+    """Run `realtime-bridge` in a folder, its output appended to a log. `plant` is called there before it begins."""
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(["realtime-bridge", *arguments], dict(environment), folder, log))
+    words = ["realtime-bridge", *arguments]
+    process = context.Process(target=_run, args=(words, dict(environment), folder, log, plant))
     process.start()
     return process
 
 
-def _run(arguments: list[str], environment: dict[str, str], folder: str, log: Path) -> None:
+def _run(
+    arguments: list[str], environment: dict[str, str], folder: str, log: Path, plant: Callable[[], None] | None
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -40,4 +49,6 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, log: Pa
         os.dup2(output, descriptor)
     os.close(output)
     sys.argv = arguments
+    if plant is not None:
+        plant()
     main()

@@ -10,7 +10,17 @@ import pytest
 
 from realtime_bridge import canonical
 from realtime_bridge.change import ABSENT
-from realtime_bridge.policy import compiler, dependence, expression, index, membership, ordering, predicate, reading
+from realtime_bridge.policy import (
+    atoms,
+    compiler,
+    dependence,
+    expression,
+    index,
+    membership,
+    ordering,
+    predicate,
+    reading,
+)
 
 
 @contextmanager
@@ -61,7 +71,7 @@ def _null_for_absent(value: Any) -> Any:
 def _null_is_one_column(is_null: Any) -> Any:
     def mutated(self: Any, operand: Any) -> Any:
         is_column = isinstance(operand, expression.Column)
-        return predicate.Missing(predicate.RowTerm(operand.name)) if is_column else is_null(self, operand)
+        return atoms.Missing(atoms.RowTerm(operand.name)) if is_column else is_null(self, operand)
 
     return mutated
 
@@ -70,7 +80,7 @@ _FAULTS: Final[Mapping[str, tuple[Any, str, Callable[[Any], Any]]]] = {
     "NOT is dropped": (compiler._Compiler, "want", _not_dropped),
     "a comparison with a constant NULL is false": (compiler._Compiler, "_equal", _false_for_null),
     "what is NULL holds": (predicate.Literal, "holds", _holds_if_null),
-    "an absent value is NULL": (predicate.RowTerm, "value", _null_for_absent),
+    "an absent value is NULL": (atoms.RowTerm, "value", _null_for_absent),
     "restrictive policies are dropped": (
         predicate,
         "both",
@@ -81,27 +91,27 @@ _FAULTS: Final[Mapping[str, tuple[Any, str, Callable[[Any], Any]]]] = {
     "numbers are equal as texts": (compiler, "FORMED_TYPES", lambda types: types - {"numeric"}),
     "NaN is the least number": (ordering, "_UNCOUNTABLE", lambda ranks: {**ranks, "NaN": -2}),
     "years before Christ are forgotten": (
-        predicate,
+        atoms,
         "order_key",
         lambda key: lambda type_, text: key(type_, text.removesuffix(" BC")),
     ),
     "less and less or equal are exchanged": (
-        predicate.Less,
+        atoms.Less,
         "truth",
         lambda truth: lambda self, *arguments: truth(replace(self, or_equal=not self.or_equal), *arguments),
     ),
     "the NULL in a set is forgotten": (
-        predicate,
+        atoms,
         "_is_among",
         lambda among: lambda value, values: among(value, replace(values, has_null=False)),
     ),
     "a NULL is in no set, for certain": (
-        predicate,
+        atoms,
         "_is_among",
         lambda among: lambda value, values: False if value is None else among(value, values),
     ),
     "the elements of an array are split at commas": (
-        predicate,
+        atoms,
         "array_elements",
         lambda elements: (
             lambda text: [None if word == "NULL" else word for word in text.strip("{}").split(",") if word]

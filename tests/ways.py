@@ -67,12 +67,9 @@ class Way:
         return self.source == "supabase"
 
     @property
-    def tells_old_rows(self) -> bool:
-        """Whether a deleted row comes with more than its key.
-
-        Of a secured row Supabase tells the key alone. Whoever may have seen it is told to read the table again.
-        """
-        return self.source == "postgres"
+    def forgets_its_place(self) -> bool:
+        """Whether nobody can tell what was committed while no bridge was reading, so that copies are doubted."""
+        return self.source == "supabase"
 
     @property
     def publication(self) -> str:

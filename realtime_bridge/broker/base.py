@@ -56,6 +56,21 @@ class Update:
     proven_until: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """What a shared broker keeps through a misfortune of its own, as it says itself.
+
+    Attributes:
+        persistence: when an append is safe on disk, if ever.
+        replicas: that could take over.
+        evicts: it may drop the history when memory is short.
+    """
+
+    persistence: Literal["always", "every second", "snapshots", "none", "unknown"] = "unknown"
+    replicas: int = 0
+    evicts: bool = False
+
+
 SIGHT_SECONDS: Final = 150.0
 """A sight that was told of so lately is taken to be in use still: tell of it again in less than half of that."""
 SIGHTS_OF_A_TABLE: Final = 8

@@ -21,6 +21,7 @@ from realtime_bridge.broker.base import (
     NOTE,
     SIGHT_SECONDS,
     SIGHTS_OF_A_TABLE,
+    Durability,
     Head,
     IndexedTable,
     RowChange,
@@ -51,6 +52,7 @@ class RedisInfo:
         version: of Redis, or of the Redis that a Valkey is compatible with.
         evicts: keys may be dropped when memory is short (any `maxmemory-policy` but `noeviction`).
         append_only: written to an append-only file.
+        fsync: when that is safe: always, everysec or no; None if it does not tell.
         snapshots: saved from time to time; None if it does not tell.
         replicas: connected now.
     """
@@ -60,10 +62,20 @@ class RedisInfo:
     append_only: bool
     snapshots: bool | None
     replicas: int
+    fsync: str | None = None
 
     @property
     def evicts(self) -> bool:
         return self.maxmemory_policy != "noeviction"
+
+    @property
+    def durability(self) -> Durability:
+        """What it keeps of the history."""
+        if self.append_only and self.fsync != "no":
+            return Durability("always" if self.fsync == "always" else "every second", self.replicas, self.evicts)
+        if self.append_only or self.snapshots is None:
+            return Durability("unknown", self.replicas, self.evicts)
+        return Durability("snapshots" if self.snapshots else "none", self.replicas, self.evicts)
 
 
 class RedisBroker:
@@ -304,20 +316,26 @@ class RedisBroker:
     async def info(self) -> RedisInfo:
         """What an operator should know about this Redis."""
         info = await self._link.command("INFO")
+        save = await self._configured("save")
         return RedisInfo(
             version=str(info.get("redis_version", "")),
             maxmemory_policy=str(info.get("maxmemory_policy", "")),
             append_only=bool(info.get("aof_enabled", 0)),
-            snapshots=await self._saves_snapshots(),
+            snapshots=None if save is None else bool(save),
             replicas=int(info.get("connected_slaves", 0)),
+            fsync=await self._configured("appendfsync"),
         )
 
-    async def _saves_snapshots(self) -> bool | None:
+    async def _configured(self, name: str) -> str | None:
         try:
-            answer = await self._link.command("CONFIG GET", "save")
+            answer = await self._link.command("CONFIG GET", name)
         except BrokerError:  # CONFIG is often forbidden
             return None
-        return bool(answer.get("save")) if "save" in answer else None
+        return str(answer[name]) if name in answer else None
+
+    async def durability(self) -> Durability:
+        """What this Redis keeps of the history."""
+        return (await self.info()).durability
 
 
 class _Batch:

@@ -75,9 +75,9 @@ class RedisHistory:
         for _ in range(_TRIES):
             mark = self.trail.mark
             answer = await self._link.script("head", *mark)
-            if self.trail.mark != mark:
-                continue  # somebody else in this process has learned more meanwhile
             status, head = parse_head(answer)
+            if self.trail.mark != mark and (status != "ok" or not self.trail.epoch):
+                continue  # somebody else in this process has learned more meanwhile
             view = View(head, answer[6].decode(), _parse_lineage(head.epoch, answer[7]))
             if status == "fork":
                 await self._fork(head)

@@ -2,7 +2,8 @@
 
 A command that ran into its deadline, or was cancelled, costs its connection: redis-py 8.1 closes it whenever sending
 or reading ends in any exception, so that the next caller cannot read a wrong answer (`Connection.send_packed_command`,
-`read_response`). Nothing is retried: what an append that was cut off has done is known only to Redis.
+`read_response`). Nothing of that is retried: what an append that was cut off has done is known only to Redis. Only what
+a server refuses because it is not the primary any more is asked once more, over a new connection.
 
 Layer: adapters. May import: errors, broker.redis_url.
 Sources: EVALSHA, ACL and error codes (Redis command reference); redis-py 8.1, redis.exceptions.
@@ -19,13 +20,20 @@ from importlib import resources
 from typing import Any, Final, TypeAlias
 
 from redis import exceptions
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.client import PubSub
-from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 
+from realtime_bridge.broker.redis_primary import (
+    ClusterFinder,
+    Finder,
+    NoPrimaryError,
+    PrimaryConnection,
+    PrimaryTlsConnection,
+    SentinelFinder,
+)
 from realtime_bridge.broker.redis_url import RedisUrl
 from realtime_bridge.errors import BrokerError
 
@@ -51,15 +59,15 @@ _KEYS: Final = (
 """What a namespace holds, in the order in which lua/common.lua names it."""
 
 Argument: TypeAlias = str | bytes | int | float
-Client: TypeAlias = "Redis | RedisCluster"
 
 _IDENTITY: Final = "refuses the user name and password of REDIS_URL, or that there are none"
 _PERMISSION: Final = "does not allow its user what the bridge needs (see ACL SETUSER)"
-_MEMORY: Final = "is out of memory: raise maxmemory, or lower BRIDGE_HISTORY_BYTES or BRIDGE_ROW_INDEX_BYTES"
+_MEMORY: Final = "is out of memory: raise maxmemory, which has to hold BRIDGE_HISTORY_BYTES and BRIDGE_ROW_INDEX_BYTES"
 _REPLICA: Final = "is a read-only replica: point REDIS_URL at the primary, or use redis+sentinel://"
 _LOADING: Final = "is still loading its data"
 _SILENCE: Final = "does not answer"
 _DOWN: Final = "is a cluster that is down"
+_ELSEWHERE: Final = "says that another node has what the bridge looks for: a cluster needs redis+cluster://"
 
 _BY_CLASS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (exceptions.AuthenticationError, _IDENTITY),
@@ -69,6 +77,8 @@ _BY_CLASS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (exceptions.ReadOnlyError, _REPLICA),
     (exceptions.MaxConnectionsError, "has too many connections from this process"),
     (exceptions.ClusterDownError, _DOWN),
+    (exceptions.AskError, _ELSEWHERE),  # and so is MovedError
+    (NoPrimaryError, "does not say which server is its primary"),
     (exceptions.TimeoutError, _SILENCE),
     (TimeoutError, _SILENCE),
 )
@@ -86,10 +96,12 @@ _BY_CODE: Final = {  # inside a script, redis-py leaves the code to us
     "MASTERDOWN": "is a replica that has lost its primary",
     "CLUSTERDOWN": _DOWN,
     "WRONGTYPE": "holds something else under the names that the bridge uses: choose another BRIDGE_NAMESPACE",
-    "MOVED": "is a cluster: use redis+cluster://",
-    "CROSSSLOT": "is a cluster: use redis+cluster://",
+    "cluster support disabled": "is no cluster: use redis://",
+    "unknown command": "does not know what it is asked: it is no Sentinel, or older than 6.2 (a cluster: 7.0)",
 }
 _CODE: Final = re.compile(rf"\b({'|'.join(_BY_CODE)})\b")
+_NOT_HERE: Final = {_REPLICA, _DOWN, _ELSEWHERE}
+"""What is said, and nothing done, by a server that is not the primary any more."""
 
 
 def explain(error: BaseException) -> str:
@@ -100,17 +112,18 @@ def explain(error: BaseException) -> str:
     for kind, sentence in _BY_CLASS:
         if isinstance(error, kind):
             return sentence
-    if isinstance(error, exceptions.ConnectionError | exceptions.RedisClusterException | OSError):
+    if isinstance(error, exceptions.ConnectionError | OSError):
         return "cannot be reached"
     found = _CODE.search(str(error))
     return _BY_CODE[found[1]] if found else f"refuses to work ({type(error).__name__})"
 
 
 @cache
-def _script(name: str) -> tuple[str, str]:
+def _script(name: str, publish: str) -> tuple[str, str]:
     """A script's text and its SHA-1, by which Redis knows it."""
     folder = resources.files("realtime_bridge.broker") / "lua"
-    text = (folder / "common.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
+    parts = [(folder / f"{part}.lua").read_text("utf-8") for part in ("common", name)]
+    text = f"local PUBLISH = '{publish}'\n{''.join(parts)}"
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -151,8 +164,8 @@ class Link:
         self.index = f"{self.prefix}rows"
         self._keys = tuple(self.prefix + name for name in _KEYS)
         self._url = url
-        self._sentinel: Sentinel | None = None
-        self._client: Client | None = None
+        self._is_cluster = url.kind == "cluster"
+        self._client: Redis | None = None
 
     async def open(self) -> None:
         """Connect; fails at the start, not at the first change.
@@ -170,12 +183,10 @@ class Link:
     async def close(self) -> None:
         """Close all connections. Idempotent; commands still under way end in an error."""
         client, self._client = self._client, None
-        sentinel, self._sentinel = self._sentinel, None
-        for closable in (client, sentinel):
-            if closable is not None:
-                with suppress(exceptions.RedisError, OSError, TimeoutError):
-                    async with asyncio.timeout(_CLOSE_SECONDS):
-                        await closable.aclose()
+        if client is not None:
+            with suppress(exceptions.RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await client.aclose()
 
     async def script(self, name: str, *arguments: Argument, tables: Sequence[str] = (), carries: int = 0) -> Any:
         """Run one operation of `lua/`. Atomic: it has happened whole or not at all.
@@ -189,15 +200,15 @@ class Link:
         Raises:
             BrokerError: it is not known whether it has happened.
         """
-        text, digest = _script(name)
+        text, digest = _script(name, "SPUBLISH" if self._is_cluster else "PUBLISH")
         keys = (*self._keys, *(f"{self.index}:{table}" for table in tables))
         rest = (len(keys), *keys, secrets.token_hex(4), *arguments)
         with self.explained():
             async with asyncio.timeout(COMMAND_SECONDS + carries / _BYTES_PER_SECOND):
                 try:
-                    return await self._opened.execute_command("EVALSHA", digest, *rest)
+                    return await self._execute("EVALSHA", digest, *rest)
                 except exceptions.NoScriptError:
-                    return await self._opened.execute_command("EVAL", text, *rest)
+                    return await self._execute("EVAL", text, *rest)
 
     async def command(self, *arguments: Argument, seconds: float = COMMAND_SECONDS) -> Any:
         """Run a plain command on one key, or on none.
@@ -207,7 +218,17 @@ class Link:
         """
         with self.explained():
             async with asyncio.timeout(seconds):
-                return await self._opened.execute_command(*arguments)
+                return await self._execute(*arguments)
+
+    async def _execute(self, *arguments: Argument) -> Any:
+        client = self._opened
+        try:
+            return await client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+        except exceptions.ResponseError as error:
+            if explain(error) not in _NOT_HERE:
+                raise
+            await client.connection_pool.disconnect(inuse_connections=False)
+        return await client.execute_command(*arguments)  # type: ignore[no-untyped-call]
 
     async def keys(self) -> AsyncIterator[bytes]:
         """All keys of the namespace, some perhaps twice."""
@@ -227,7 +248,10 @@ class Link:
         try:
             with self.explained():
                 async with asyncio.timeout(COMMAND_SECONDS):
-                    await pubsub.subscribe(self.name)
+                    if self._is_cluster:  # which would carry an ordinary publication to all of its nodes
+                        await pubsub.ssubscribe(self.name)
+                    else:
+                        await pubsub.subscribe(self.name)
                     while not await pubsub.get_message(timeout=COMMAND_SECONDS):
                         pass
             yield Subscription(pubsub, self)
@@ -237,7 +261,7 @@ class Link:
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
 
     @property
-    def _opened(self) -> Client:
+    def _opened(self) -> Redis:
         if self._client is None:
             raise BrokerError(f"Redis at {self._url}: the broker is closed")
         return self._client
@@ -250,21 +274,23 @@ class Link:
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             raise BrokerError(f"Redis at {self._url} {explain(error)}") from error
 
-    def _make_client(self) -> Client:
+    def _make_client(self) -> Redis:
         url, options = self._url, _options(self._url)
-        if url.kind == "cluster":
-            nodes = [ClusterNode(host, port) for host, port in url.hosts]
-            return RedisCluster(startup_nodes=nodes, **options)
-        options["db"] = url.database
-        if url.kind == "sentinel":
-            own = {"username": url.sentinel_username, "password": url.sentinel_password, "db": 0}
-            self._sentinel = Sentinel(list(url.hosts), sentinel_kwargs=options | own, **options)  # type: ignore[no-untyped-call]
-            primary: Redis = self._sentinel.master_for(url.service)
-            return primary
         if url.kind == "unix":
-            return Redis(unix_socket_path=url.path, **options)
-        host, port = url.hosts[0]
-        return Redis(host=host, port=port, **options)
+            return Redis(unix_socket_path=url.path, db=url.database, **options)
+        if url.kind == "single":
+            host, port = url.hosts[0]
+            return Redis(host=host, port=port, db=url.database, **options)
+        tls = options.pop("ssl", False)
+        finder: Finder
+        if url.kind == "sentinel":
+            own = {"username": url.sentinel_username, "password": url.sentinel_password}
+            finder = SentinelFinder(url.hosts, url.service, tls=tls, options=options | own)
+        else:
+            finder = ClusterFinder(url.hosts, key_slot(self.name.encode()), tls=tls, options=options)
+        connection_class = PrimaryTlsConnection if tls else PrimaryConnection
+        pool = ConnectionPool(connection_class=connection_class, finder=finder, db=url.database, **options)
+        return Redis.from_pool(pool)
 
 
 class Subscription:
@@ -288,9 +314,11 @@ class Subscription:
             message = await self._pubsub.get_message(timeout=timeout)
         if message is None:
             return None
-        if message["type"] == "subscribe":
+        if message["type"] == "pong":
+            return b""
+        if message["type"] not in ("message", "smessage"):  # subscribed again, or no more: the slot has moved
             raise BrokerError("Redis: the notification connection broke")
-        return bytes(message["data"]) if message["type"] == "message" else b""
+        return bytes(message["data"])
 
     async def ping(self) -> None:
         """Ask for a sign of life.

@@ -6,6 +6,7 @@ name it in the tuple at the end of their group:
     tokens.py     of Settings               what tokens are verified with
     server.py     of Facts                  Postgres, its slot and publication
     tables.py     of Facts and a Table …    tables, roles, and roles on tables
+    evaluation.py of a Table and more       how policies are decided
     redis.py      of RedisFacts             the broker
     supabase.py   of Settings               the project of the `supabase` source
 

@@ -78,20 +78,32 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The publication of the configured name; `unpublished` are the operations that it leaves out."""
+    """The publication of the configured name.
+
+    Attributes:
+        unpublished: the operations that it leaves out.
+        generated: whether it carries generated columns that are stored.
+    """
 
     unpublished: tuple[str, ...]
     via_root: bool
+    generated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column; `type` is the name of the base type (`_int4` is an array), `kind` its `typtype`."""
+    """A column.
+
+    Attributes:
+        type: the name of the base type: `_int4` is an array.
+        kind: its `typtype`.
+        generated: `attgenerated`: empty, or `s` if it is stored, or `v` if it is virtual.
+    """
 
     name: str
     type: str
     kind: str
-    generated: bool
+    generated: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +147,8 @@ class Table:
         identity: `relreplident`.
         partial_leaves: partitions of it whose own replica identity is not FULL, quoted for SQL.
         published_columns: None if it is not published.
+        narrow: publications that carry its UPDATEs or DELETEs, but not every column; from Postgres 18 on, not every
+            generated one either. Under REPLICA IDENTITY FULL Postgres refuses these operations because of them.
         policies: name → expression, of all policies that count for reading.
         rule: from BRIDGE_POLICIES, in their place.
         access: role → what it may do.
@@ -152,6 +166,7 @@ class Table:
     columns: tuple[Column, ...]
     published: bool
     published_columns: tuple[str, ...] | None
+    narrow: tuple[str, ...]
     row_filter: str | None
     policies: Mapping[str, str]
     rule: str | None
@@ -167,8 +182,8 @@ class Facts:
     """All of it.
 
     Attributes:
-        publication_name, slot_name, namespace: as configured; `supabase_realtime` for the publication that Supabase's
-            own Realtime reads.
+        publication_name, slot_name, namespace, fact_seconds: as configured; `supabase_realtime` for the publication
+            that Supabase's own Realtime reads.
         owned: whether publication and slot are the bridge's to look after.
     """
 
@@ -180,6 +195,7 @@ class Facts:
     publication_name: str
     slot_name: str
     namespace: str
+    fact_seconds: float
     owned: bool
 
     @cached_property
@@ -219,6 +235,8 @@ async def read_tables(
     connection: Connection, names: Sequence[str], *, roles: Sequence[str], publication: str, rules: Mapping[str, str]
 ) -> list[Table]:
     """The tables, in that order, those that do not exist too."""
+    if not names:
+        return []
     schemas, tables = zip(*(name.split(".", 1) for name in names), strict=True)
     rows = await connection.fetch(_TABLES, list(schemas), list(tables), publication)
     access: dict[str, dict[str, Access]] = {}
@@ -280,8 +298,8 @@ _PUBLICATION: Final = """
                CASE WHEN NOT pubinsert THEN 'insert' END, CASE WHEN NOT pubupdate THEN 'update' END,
                CASE WHEN NOT pubdelete THEN 'delete' END, CASE WHEN NOT pubtruncate THEN 'truncate' END
            ], NULL) AS unpublished,
-           pubviaroot AS via_root
-    FROM pg_publication WHERE pubname = $1
+           pubviaroot AS via_root, coalesce(to_jsonb(p) ->> 'pubgencols' = 's', false) AS generated
+    FROM pg_publication p WHERE pubname = $1
 """
 
 # From 16 on, being a member is not enough to take a role.
@@ -321,6 +339,17 @@ _TABLES: Final = """
                WHERE p.pubname = $3 AND (r.oid IS NOT NULL OR p.puballtables)
            ) AS published,
            published.columns AS published_columns, published.row_filter,
+           ARRAY(
+               SELECT p.pubname::text FROM pg_publication p JOIN pg_publication_tables t ON t.pubname = p.pubname
+               LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
+               WHERE t.schemaname = wanted.schema AND t.tablename = wanted.name AND (p.pubupdate OR p.pubdelete)
+                 AND (r.prattrs IS NOT NULL
+                      OR (current_setting('server_version_num')::int >= 180000 AND EXISTS (
+                          SELECT FROM pg_attribute a
+                          WHERE a.attrelid = c.oid AND a.attgenerated <> '' AND NOT a.attisdropped
+                            AND a.attname <> ALL (t.attnames))))
+               ORDER BY 1
+           ) AS narrow,
            policies.names AS policy_names, policies.texts AS policy_texts
     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS wanted(schema, name, place)
     LEFT JOIN (pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace)
@@ -333,7 +362,7 @@ _TABLES: Final = """
         SELECT coalesce(array_agg(a.attname::text ORDER BY a.attnum), '{}') AS names,
                coalesce(array_agg(t.typname::text ORDER BY a.attnum), '{}') AS types,
                coalesce(array_agg(t.typtype::text ORDER BY a.attnum), '{}') AS kinds,
-               coalesce(array_agg(a.attgenerated <> '' ORDER BY a.attnum), '{}') AS generated
+               coalesce(array_agg(a.attgenerated::text ORDER BY a.attnum), '{}') AS generated
         FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid
         JOIN pg_type t ON t.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from typing import Final
 
 from realtime_bridge.bridge import make_policy
+from realtime_bridge.checks.evaluation import evaluation, followed
 from realtime_bridge.checks.facts import (
     SUPABASE_PUBLICATION,
     Facts,
@@ -35,6 +36,9 @@ from realtime_bridge.checks.tables import (
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, ConfigurationError, SourceError
+from realtime_bridge.policy.asking import Asking
+from realtime_bridge.policy.engine import PolicyEngine
+from realtime_bridge.policy.explanation import decide_each
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.base import Source
 
@@ -99,6 +103,7 @@ async def _read_facts(settings: Settings, database: Database, server: Server) ->
             publication_name=publication,
             slot_name=settings.slot,
             namespace=settings.namespace,
+            fact_seconds=settings.fact_seconds,
             owned=owned,
         )
 
@@ -148,7 +153,9 @@ async def _of_policies(settings: Settings, facts: Facts, database: Database) -> 
         await engine.prepare()
     except BridgeError as error:
         findings.append(Finding("policies", "problem", f"{str(error).rstrip('.')}."))
+        findings += [skipped for about in facts.tables for skipped in skip([evaluation], _NO_ENGINE, of=about.name)]
         return findings + [skipped for pair in pairs for skipped in skip([decision], _NO_ENGINE, of=_pair(*pair))]
+    findings += await _of_evaluation(settings, facts, database, engine)
     for about, who in pairs:
         if may_see(about, who, about.access[who.name]):
             findings += find(
@@ -157,6 +164,22 @@ async def _of_policies(settings: Settings, facts: Facts, database: Database) -> 
         else:
             findings += skip([decision], f"{who.name} may not read {about.name}", of=_pair(about, who))
     return findings
+
+
+async def _of_evaluation(settings: Settings, facts: Facts, database: Database, engine: PolicyEngine) -> list[Finding]:
+    asking = Asking(database.transaction, settings.roles)
+    follows = engine.knowledge.followed
+    findings: list[Finding] = []
+    for about in facts.tables:
+        decided = engine.decision(about.name)
+        if decided is not None:
+            each = await decide_each(decided.table, about.rule, settings.roles, asking)
+            findings += find([evaluation], facts, about, each, decided.table.references, follows, of=about.name)
+    async with database.transaction(readonly=True) as connection:
+        read = await read_tables(
+            connection, sorted(engine.references), roles=(), publication=facts.publication_name, rules={}
+        )
+    return findings + [found for about in read for found in find([followed], facts, about, follows, of=about.name)]
 
 
 async def _rules(settings: Settings) -> Outcome:
@@ -192,7 +215,7 @@ def _skipped(settings: Settings, because: str) -> list[Finding]:
     owned = settings.source_kind == "postgres"
     findings = skip([*SERVER_CHECKS, *CLOCK_CHECKS, *(SOURCE_CHECKS if owned else ()), *PUBLICATION_CHECKS], because)
     for name in settings.tables:
-        findings += skip([table, *PUBLISHED_CHECKS, *TABLE_CHECKS], because, of=name)
+        findings += skip([table, *PUBLISHED_CHECKS, *TABLE_CHECKS, evaluation], because, of=name)
     findings += skip([replication] if owned else [], because)
     for role in settings.roles:
         findings += skip(ROLE_CHECKS, because, of=role)

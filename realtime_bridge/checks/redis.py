@@ -8,7 +8,7 @@ Layer: whole. May import: settings, errors, checks.*, broker.
 import re
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from realtime_bridge.bridge import make_broker
 from realtime_bridge.broker.redis import RedisBroker, RedisInfo
@@ -138,16 +138,10 @@ async def _refusal(link: Link) -> str:
 
 async def _clock_offset(link: Link) -> float:
     """The answer of the quickest of three questions."""
-    answers = []
+    answers: list[tuple[float, float]] = []
     for _ in range(3):
         asked, started = time.time(), time.perf_counter()
-        theirs = _seconds(await link.command("TIME"))
+        seconds, microseconds = await link.command("TIME")
         took = time.perf_counter() - started
-        answers.append((took, theirs - asked - took / 2))
+        answers.append((took, seconds + microseconds / 1e6 - asked - took / 2))
     return min(answers)[1]
-
-
-def _seconds(answer: Any) -> float:
-    """TIME's answer; of a cluster, that of any node."""
-    seconds, microseconds = next(iter(answer.values())) if isinstance(answer, dict) else answer
-    return float(int(seconds) + int(microseconds) / 1e6)

@@ -10,6 +10,7 @@ from typing import Final
 from realtime_bridge.checks.clocks import clock_outcome
 from realtime_bridge.checks.facts import OLDEST_VERSION, Facts, Server
 from realtime_bridge.checks.finding import Outcome, ok, problem, warning
+from realtime_bridge.checks.tables import has_stored
 
 _MEBIBYTE: Final = 1 << 20
 _MUCH_LAG: Final = 1 << 30
@@ -70,10 +71,12 @@ def publication(facts: Facts) -> Outcome:
     name, found = facts.sql_publication, facts.publication
     if found is None:
         tables = ", ".join(table.sql_name for table in facts.tables if table.exists)
-        via_root = " WITH (publish_via_partition_root = true)" if facts.owned else ""
+        options = ["publish_via_partition_root = true"] if facts.owned else []
+        options += ["publish_generated_columns = stored"] if has_stored(facts, *facts.tables) else []
+        chosen = f" WITH ({', '.join(options)})" if options else ""
         return problem(
             f"There is no publication {facts.publication_name}, so no change is sent.{_by_fix(facts)}",
-            f"CREATE PUBLICATION {name} FOR TABLE {tables}{via_root};" if tables else "",
+            f"CREATE PUBLICATION {name} FOR TABLE {tables}{chosen};" if tables else "",
         )
     if found.unpublished:
         return problem(

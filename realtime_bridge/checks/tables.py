@@ -49,16 +49,41 @@ def primary_key(facts: Facts, about: Table) -> Outcome:
 def replica_identity(facts: Facts, about: Table) -> Outcome:
     """Who could see a row before its change is decided from the old row."""
     targets = [about.sql_name] * (about.identity != "f") + list(about.partial_leaves)
+    gap, widening = _gap(facts, about)
+    if not targets and gap:
+        default = f"ALTER TABLE {about.sql_name} REPLICA IDENTITY DEFAULT;" if about.key and about.kind == "r" else ""
+        return problem(f"{about.name} is REPLICA IDENTITY FULL, and {gap}", widening or default)
     if not targets:
         return ok(f"Old rows of {about.name} come whole.")
-    fix = " ".join(f"ALTER TABLE {target} REPLICA IDENTITY FULL;" for target in targets)
+    full = " ".join(f"ALTER TABLE {target} REPLICA IDENTITY FULL;" for target in targets)
+    fix = f"{widening} {full}".lstrip() if widening or not gap else ""
     if about.identity == "n" or (about.identity == "d" and not about.key):
         return problem(f"{about.name} has no replica identity: once published, its rows cannot be updated.", fix)
     return warning(
         f"{about.name} is not REPLICA IDENTITY FULL, so changes do not tell what a row was. The bridge keeps an index "
-        "of the table's rows for that; where a row is not in it, clients are sent a resync instead of its end.",
+        "of the table's rows for that; where a row is not in it, clients are sent a resync instead of its end."
+        f"{f' It cannot be, since {gap}' if gap and not widening else ''}",
         fix,
     )
+
+
+def _gap(facts: Facts, about: Table) -> tuple[str, str]:
+    """Why Postgres refuses UPDATEs and DELETEs where old rows come whole, and the SQL that mends it, if there is any.
+
+    Publications other than the configured one are somebody else's.
+    """
+    refused = "Postgres refuses every UPDATE and DELETE of such a table while"
+    virtual = [column.name for column in about.columns if column.generated == "v"]
+    if virtual:
+        return f"{refused} it is published and has virtual generated columns ({', '.join(virtual)}).", ""
+    if not about.narrow:
+        return "", ""
+    gap = f"{refused} a publication leaves out columns of it ({', '.join(about.narrow)})."
+    if about.narrow != (facts.publication_name,):
+        return gap, ""
+    left_out = [column for column in about.columns if column.name not in (about.published_columns or ())]
+    is_listed = not left_out or any(not column.generated for column in left_out)
+    return gap, f"{with_generated(facts, about)}{publish_whole(facts, about) if is_listed else ''}".rstrip()
 
 
 def published(facts: Facts, about: Table) -> Outcome | None:
@@ -70,7 +95,7 @@ def published(facts: Facts, about: Table) -> Outcome | None:
     mended = " `realtime-bridge check --fix` adds it." if facts.owned else ""
     return problem(
         f"{about.name} is not in the publication {facts.publication_name}, so none of its changes arrive.{mended}",
-        f"ALTER PUBLICATION {facts.sql_publication} ADD TABLE {about.sql_name};",
+        publish(facts, about),
     )
 
 
@@ -81,7 +106,7 @@ def row_filter(facts: Facts, about: Table) -> Outcome | None:
     return warning(
         f"The publication {facts.publication_name} sends only those rows of {about.name} where {about.row_filter}; "
         "changes of others never arrive.",
-        _publish_whole(facts, about),
+        publish_whole(facts, about),
     )
 
 
@@ -93,13 +118,14 @@ def columns(facts: Facts, about: Table) -> Outcome:
             return warning(
                 f"The publication {facts.publication_name} leaves out columns of {about.name} ({', '.join(hidden)}): "
                 "they never arrive, and a policy that needs them shows nothing.",
-                _publish_whole(facts, about),
+                publish_whole(facts, about),
             )
     generated = [c.name for c in about.columns if c.generated and not _sent(facts, about, c.name)]
     if generated:
         return warning(
             f"Generated columns of {about.name} ({', '.join(generated)}) are in no change: they never arrive, and a "
-            "policy that needs them shows nothing."
+            "policy that needs them shows nothing.",
+            with_generated(facts, about).rstrip(),
         )
     return ok(f"All columns of {about.name} arrive.")
 
@@ -145,7 +171,30 @@ def _sent(facts: Facts, about: Table, column: str) -> bool:
     return newer and about.published_columns is not None and column in about.published_columns
 
 
-def _publish_whole(facts: Facts, about: Table) -> str:
+def with_generated(facts: Facts, *tables: Table) -> str:
+    """The SQL by which a publication carries the generated columns of tables, with a space behind it; empty if it does.
+
+    Without them Postgres refuses to update and delete rows of those that are REPLICA IDENTITY FULL.
+    """
+    publication = facts.publication
+    if publication is None or publication.generated or not has_stored(facts, *tables):
+        return ""
+    return f"ALTER PUBLICATION {facts.sql_publication} SET (publish_generated_columns = stored); "
+
+
+def has_stored(facts: Facts, *tables: Table) -> bool:
+    """Whether tables have generated columns that this Postgres can publish."""
+    newer = facts.server.version >= _GENERATED_COLUMNS_FROM
+    return newer and any(column.generated == "s" for table in tables for column in table.columns)
+
+
+def publish(facts: Facts, about: Table) -> str:
+    """The SQL by which a publication carries a table that it has not."""
+    return f"{with_generated(facts, about)}ALTER PUBLICATION {facts.sql_publication} ADD TABLE {about.sql_name};"
+
+
+def publish_whole(facts: Facts, about: Table) -> str:
+    """The SQL by which a publication carries every row and column of a table that it has in part."""
     alter = f"ALTER PUBLICATION {facts.sql_publication}"
     return f"{alter} DROP TABLE {about.sql_name}; {alter} ADD TABLE {about.sql_name};"
 

@@ -1,13 +1,14 @@
-"""The command line: `realtime-bridge serve | dev | check | token | tail | teardown`.
+"""The command line: `realtime-bridge serve | dev | check | why | token | tail | teardown`.
 
-Exit status: 0 done, 1 it failed, 2 bad usage or configuration (typer's own word for bad usage, too).
+Exit status: 0 done, 1 it failed, 2 bad usage or configuration (typer's own word for bad usage, too), 3 `why`
+has found that the bridge and Postgres differ.
 """
 
 import sys
 
 import typer
 
-from realtime_bridge.cli import check, dev, serve, tail, teardown, token
+from realtime_bridge.cli import check, dev, serve, tail, teardown, token, why
 from realtime_bridge.errors import BridgeError, ConfigurationError
 
 cli = typer.Typer(
@@ -17,7 +18,7 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve.serve, dev.dev, check.check, token.token, tail.tail, teardown.teardown):
+for command in (serve.serve, dev.dev, check.check, why.why, token.token, tail.tail, teardown.teardown):
     cli.command()(command)
 
 

@@ -1,6 +1,7 @@
 """`realtime-bridge token`: a token for trying things out."""
 
 import time
+from collections.abc import Mapping
 from typing import Annotated
 
 import jwt
@@ -27,11 +28,15 @@ def token(
 
 def make_token(secret: str, sub: str | None, *, role: str, ttl: float, **claims: object) -> str:
     """An HS256 token as Supabase issues them."""
+    return jwt.encode(make_claims(sub, role=role, ttl=ttl, further=claims), secret, algorithm="HS256")
+
+
+def make_claims(sub: str | None, *, role: str, ttl: float, further: Mapping[str, object]) -> dict[str, object]:
+    """What such a token says; `further` claims are added, or replace what is there."""
     now = int(time.time())
     audience = {} if role == "anon" else {"aud": "authenticated"}
     subject = {} if sub is None else {"sub": sub}
-    payload = {**audience, **subject, "role": role, "iat": now, "exp": now + int(ttl), **claims}
-    return jwt.encode(payload, secret, algorithm="HS256")
+    return {**audience, **subject, "role": role, "iat": now, "exp": now + int(ttl), **further}
 
 
 def _parse(text: str) -> tuple[str, object]:

@@ -21,7 +21,7 @@ from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
 from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown
 from realtime_bridge.hub.window import Prepared, wrap
-from realtime_bridge.policy.base import Verdict
+from realtime_bridge.policy.base import Member, Verdict
 from realtime_bridge.wire import native
 
 logger = logging.getLogger(__name__)
@@ -119,18 +119,37 @@ class CatchUp:
         return False
 
     async def _advance(self, subscription: Subscription, most: int) -> int:
-        standing, connection = self._standing, subscription.connection
-        generation, reloads, member = standing.generation, standing.reloads, connection.member
+        """Decide and write, part by part, until something was written: nothing is decided that is not passed now."""
+        standing, member = self._standing, subscription.connection.member
+        began = standing.generation, standing.reloads, member
         items = await self._read(subscription)
-        verdicts = await standing.policy.verdicts([item.entry for item in items], member)
-        async with standing.turn:
-            stale = (generation, reloads) != (standing.generation, standing.reloads) or member is not connection.member
-            if stale or not self._settler.is_settled(member) or subscription.state is not State.BEHIND:
-                return 0
-            if connection.sink.full:  # by another subscription of the connection
-                subscription.state = State.BLOCKED
-                return 0
-            return self._write(subscription, items, verdicts, most)
+        for part in _parts(items, self._slice_bytes) or [()]:
+            verdicts = await standing.policy.verdicts([item.entry for item in part], member)
+            async with standing.turn:
+                written = self._write_if_it_holds(subscription, part, verdicts, most, began)
+            if written or not part or subscription.number != part[-1].entry.number:
+                return written
+            await asyncio.sleep(0)
+        return 0
+
+    def _write_if_it_holds(
+        self,
+        subscription: Subscription,
+        items: Sequence[Prepared],
+        verdicts: Sequence[Verdict],
+        most: int,
+        began: tuple[int, int, Member],
+    ) -> int:
+        """Write what was read and decided, unless that has been overtaken; returns how many messages were written."""
+        standing, connection = self._standing, subscription.connection
+        if began != (standing.generation, standing.reloads, connection.member):
+            return 0
+        if not self._settler.is_settled(connection.member) or subscription.state is not State.BEHIND:
+            return 0
+        if connection.sink.full:  # by another subscription of the connection
+            subscription.state = State.BLOCKED
+            return 0
+        return self._write(subscription, items, verdicts, most)
 
     def _excuse(self, subscription: Subscription) -> None:
         """After a fault: what could not be read or encoded is told as a resync; if not even that can be, it ends."""
@@ -276,6 +295,18 @@ class CatchUp:
             subscription.state = State.BLOCKED
         elif subscription.number == self._standing.number and subscription.owed is None:
             self._standing.arrive(subscription)
+
+
+def _parts(items: Sequence[Prepared], most_bytes: int) -> list[Sequence[Prepared]]:
+    """The same entries in parts, each ending with the one that fills it."""
+    parts: list[Sequence[Prepared]] = []
+    first = size = 0
+    for i, item in enumerate(items, 1):
+        size += item.entry.size
+        if size >= most_bytes or i == len(items):
+            parts.append(items[first:i])
+            first, size = i, 0
+    return parts
 
 
 def _covered(subscription: Subscription, table: str, number: int) -> bool:

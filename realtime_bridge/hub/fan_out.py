@@ -50,6 +50,7 @@ class FanOut:
                 await self._write(pending, run[-1].entry.number, breath)
             standing.number = prepared[-1].entry.number
             standing.counters.entries += len(prepared)
+            standing.counters.entry_bytes += sum(item.entry.size for item in prepared)
 
     async def reload(self, table: str, number: int) -> None:
         """Read policies again (`*`: all), as of an entry. Who stands at the end before it stays there. In `turn` only.

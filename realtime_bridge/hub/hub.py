@@ -40,6 +40,7 @@ WATCH_SECONDS: Final = 1.0
 """For how long a change of rights that nothing announces may go unnoticed."""
 _BACKOFF_SECONDS: Final = 0.25
 _SETTLE_SECONDS: Final = 3.0
+_READ: Final = 500
 
 
 class Start(NamedTuple):
@@ -156,7 +157,7 @@ class Hub:
         else:
             await self._reconcile(update)
             await self._extend(update)
-        standing.proven_until = update.proven_until  # less than before, where a fork has cut off what was proven
+        standing.prove(update.proven_until, self._loop.time())
 
     async def _reconcile(self, update: Update) -> None:
         """After following anew: get from where this process stood to where the update begins."""
@@ -172,7 +173,7 @@ class Hub:
                 number = await self._broker.locate(Position(standing.epoch, standing.number))
                 await self._fork(update.epoch, number)
             while standing.number < begins:
-                entries = await self._broker.read(standing.number)
+                entries = await self._broker.read(standing.number, limit=min(_READ, begins - standing.number))
                 known = standing.window.last_id()
                 if not entries or (known is not None and entries[0].previous != known):
                     raise HistoryGoneError("the history is not the continuation of what was seen")
@@ -258,6 +259,11 @@ class Hub:
     def complete_until(self) -> float | None:
         """Seconds since 1970 up to which nothing is missing here, or None if nothing is proven yet."""
         return self._standing.proven_until or None
+
+    @property
+    def proof_age(self) -> float | None:
+        """Seconds since it was proven anew that nothing is missing here, or None if it is not proven."""
+        return self._loop.time() - self._standing.proven_at if self._standing.proven_until else None
 
     @property
     def position(self) -> str:

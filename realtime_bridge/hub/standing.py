@@ -4,6 +4,7 @@ Layer: core. May import: words, policy.base, hub.*.
 """
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,7 @@ class Counters:
 
     delivered: int = 0
     entries: int = 0
+    entry_bytes: int = 0
     resyncs: int = 0
     fell_behind: int = 0
     undecided: int = 0
@@ -41,6 +43,8 @@ class Standing:
         tables: every table that can be subscribed to.
         epoch, number: everything up to here is decided and sent to those at the end.
         proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
+        proven_most: the most that `proven_until` ever was; a fork may have cut off what was proven.
+        proven_at: when it grew last, in the loop's time: a clock that nobody sets.
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
         reloads: grows when policies were read again; what was decided before is then thrown away.
         turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
@@ -52,6 +56,8 @@ class Standing:
     epoch: str = ""
     number: int = 0
     proven_until: float = 0.0
+    proven_most: float = 0.0
+    proven_at: float = 0.0
     generation: int = 0
     reloads: int = 0
     following: bool = False
@@ -64,6 +70,14 @@ class Standing:
     def position(self, number: int) -> str:
         """A number as clients know it."""
         return f"{self.epoch}-{number}"
+
+    def prove(self, until: float, now: float) -> None:
+        """Something is proven up to a time, told at `now` in the loop's time."""
+        self.proven_until = until
+        if until > self.proven_most:
+            # How old it is that is met at the start only the clocks can say.
+            self.proven_at = now if self.proven_most else now - max(0.0, time.time() - until)
+            self.proven_most = until
 
     def arrive(self, subscription: Subscription) -> None:
         """A subscription has examined everything: from now on it is written to directly. Only within `turn`."""

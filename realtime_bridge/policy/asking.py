@@ -3,13 +3,13 @@
 Many users are asked about in one statement, each under their own role and claims (`policy.blocks` says how); the
 transaction is read-only, as that of a GET in PostgREST is. What cannot be told of one user denies that user alone.
 
-Layer: adapters. May import: words, database, policy.base, policy.blocks, policy.catalog, policy.expression,
-policy.index, policy.predicate.
+Layer: adapters. May import: words, database, policy.atoms, policy.base, policy.blocks, policy.catalog,
+policy.expression, policy.index.
 Sources: the texts are those of the types' output functions under `database.PINNED`, and so what changes bring.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice, takewhile
@@ -21,7 +21,8 @@ import orjson
 from realtime_bridge.change import Value
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import CALLER_SEARCH_PATH, LOGIN_ROLE, claim_settings
-from realtime_bridge.errors import DatabaseError
+from realtime_bridge.errors import DatabaseError, ForbiddenError
+from realtime_bridge.policy.atoms import Failed, Truth, Values, values_of
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.blocks import (
     FAILURE,
@@ -37,18 +38,15 @@ from realtime_bridge.policy.blocks import (
     types_block,
 )
 from realtime_bridge.policy.catalog import Connect, Connection
-from realtime_bridge.policy.compiler import ColumnType
-from realtime_bridge.policy.dependencies import Dependencies
-from realtime_bridge.policy.expression import Asked, Query
+from realtime_bridge.policy.expression import Query
 from realtime_bridge.policy.index import Question
-from realtime_bridge.policy.predicate import Failed, Truth, Values, values_of
-from realtime_bridge.policy.references import Dependency
 
 MAX_USERS: Final = 500
 MAX_QUESTIONS: Final = 5000
 """Most users, and most questions, of one statement."""
 
 _UNREADABLE: Final = "22P05"
+_FORBIDDEN: Final = "42501"
 _NO_ROLE: Final = "0P000"
 _NO_COLUMN: Final = "42703"
 _NO_ARRAY: Final = "42804"
@@ -119,7 +117,6 @@ class Asking:
 
     def __init__(self, connect: Connect, roles: Iterable[str] = (), *, timeout: float = 2.0) -> None:
         self._connect = connect
-        self._depends = Dependencies(connect)
         self._roles = sorted(roles)
         self._timeout = timeout
 
@@ -142,14 +139,6 @@ class Asking:
         types = {row["number"]: row["written"] for row in found}
         return {query.sql: types.get(number) for number, query in enumerate(asked, 1)}
 
-    async def dependencies(self, wanted: Collection[Query | Asked]) -> dict[Query | Asked, Dependency]:
-        """What answers depend on; see `policy.dependencies`.
-
-        Raises:
-            DatabaseError: Postgres cannot be reached, is too slow, or refuses.
-        """
-        return await self._depends.of(wanted)
-
     async def facts(self, users: Sequence[Claims], queries: Sequence[Query]) -> list[dict[str, FactValue]]:
         """What every query is for every user, by the queries' SQL.
 
@@ -164,37 +153,53 @@ class Asking:
         return [{q.sql: _fact(q, answer) for q, answer in zip(queries, asker.answers, strict=True)} for asker in askers]
 
     async def answers(
-        self, columns: Mapping[str, Mapping[str, ColumnType]], questions: Sequence[Question]
+        self, columns: Mapping[str, Mapping[str, Declared]], questions: Sequence[Question]
     ) -> list[Truth | Failed]:
         """What each condition is for its row, and for its member if it has one.
 
         Args:
-            columns: table → column → its type.
+            columns: table → column → how it is declared.
             questions: about any of these tables, in any order.
 
         Raises:
             DatabaseError: Postgres cannot be reached, or refuses altogether.
         """
         conditions = _conditions(questions, columns)
-        numbers = {asked: number for number, asked in enumerate(conditions)}
+        numbers = {name: number for number, name in enumerate(conditions)}
         found: list[Truth | Failed] = [Failed(_UNREADABLE)] * len(questions)
         items: dict[Member | None, list[_Item]] = {}
         for place, question in enumerate(questions):
-            row = tuple(value for value in question.values if _is_legible(value))
-            if question.asked not in conditions:
+            assert question.member is not None or not question.asked.of_user, "whose answer it is must be said"
+            number = numbers.get(question.asked.name)
+            if number is None:
                 found[place] = Failed(_NO_COLUMN)
-            elif len(row) == len(question.values):
-                items.setdefault(question.member, []).append(_Item(numbers[question.asked], row, place))
+            elif _are_legible(question.values):
+                items.setdefault(question.member, []).append(_Item(number, question.values, place))
         askers = [
             _user(None if member is None else member.claims, part)
             for member, own in items.items()
             for part in _parts(own)
         ]
-        await self._ask(askers, _deciding(list(conditions.values())))
+        try:
+            await self._ask(askers, _deciding(list(conditions.values())))
+        except ForbiddenError:  # nobody here may use the type of a column
+            if len(conditions) == 1:
+                return [Failed(_FORBIDDEN)] * len(questions)
+            return await self._answers_apart(columns, questions)
         for asker in askers:
             for item, answer in zip(asker.items, asker.answers, strict=True):
                 found[item.place] = _truth(answer)
         return found
+
+    async def _answers_apart(
+        self, columns: Mapping[str, Mapping[str, Declared]], questions: Sequence[Question]
+    ) -> list[Truth | Failed]:
+        """What `answers` gives, one condition after the other."""
+        found: dict[str, Iterator[Truth | Failed]] = {}
+        for name in dict.fromkeys(question.asked.name for question in questions):
+            own = [question for question in questions if question.asked.name == name]
+            found[name] = iter(await self.answers(columns, own))
+        return [next(found[question.asked.name]) for question in questions]
 
     async def _ask(self, users: Sequence[_User], work: _Work) -> None:
         """Have every item answered, if only by a failure.
@@ -219,32 +224,38 @@ class Asking:
 
     async def _ask_batch(self, connection: Connection, users: Sequence[_User], work: _Work) -> None:
         firsts = {item.number: item for user in reversed(users) for item in reversed(user.items)}
-        nobody = _User(LOGIN_ROLE, None, [firsts[number] for number in sorted(firsts)])
+        nobody = _User("", None, [firsts[number] for number in sorted(firsts)])
         everyone: list[_User] = []
         ends: dict[str, int] = {}
         for role, own in groupby(users, key=_role):
             everyone += [nobody, *own]
             ends[role] = len(everyone)
         given = _input(everyone, list(ends.values()), work.conditions)
-        unresolved = await self._prepare(connection, given, list(ends), work.names)
-        await connection.execute(work.write([Section(role, role in unresolved) for role in ends]))
+        knowing = await self._prepare(connection, given, list(ends), work.names)
+        await connection.execute(work.write([Section(role, role not in knowing) for role in ends]))
         answers = iter(orjson.loads(await connection.fetchval(_ANSWERS, OUTPUT)))
         for user in everyone:
             user.answers = list(islice(answers, len(user.items)))
 
-    async def _prepare(self, connection: Connection, given: bytes, roles: Sequence[str], names: str) -> Sequence[str]:
-        """Set what a block goes by; returns the roles that may not use a schema that occurs in these names."""
+    async def _prepare(self, connection: Connection, given: bytes, roles: Iterable[str], names: str) -> Set[str]:
+        """Set what a block goes by, and take the role to begin it in: one that may use the schemas of all these names.
+
+        Returns:
+            Those of the roles that may.
+        """
         milliseconds = max(1, int(self._timeout * 1000))
         limits = (str(milliseconds), str(max(1, milliseconds // 4)))
-        row = await connection.fetchrow(_PREPARE, INPUT, given.decode(), *limits, roles, names)
+        row = await connection.fetchrow(_PREPARE, INPUT, given.decode(), *limits, sorted({*roles, *self._roles}), names)
         assert row is not None
-        return list(row["unresolved"])
+        return frozenset(row["knowing"])
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Connection]:
         try:
             async with self._connect() as connection:
                 yield connection
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise ForbiddenError("Postgres does not permit it to the login role") from error
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
             raise DatabaseError(f"Postgres could not be asked ({type(error).__name__})") from error
 
@@ -259,7 +270,7 @@ def _user(claims: Claims | None, items: Sequence[_Item]) -> _User:
         return user
     try:
         user.settings = claim_settings(claims)
-        legible = all(map(_is_legible, (claims.role, *user.settings)))
+        legible = _are_legible((claims.role, *user.settings))
     except TypeError:
         legible = False
     if not legible:
@@ -271,29 +282,28 @@ def _role(user: _User) -> str:
     return user.role
 
 
-def _is_legible(value: Value) -> TypeGuard[str | None]:
-    """Whether it is a text that Postgres can be given, or NULL."""
-    if not isinstance(value, str):
-        return value is None
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
+def _are_legible(values: tuple[Value, ...]) -> TypeGuard[_Row]:
+    """Whether each is NULL, or a text that Postgres can be given."""
+    return all(value is None or (isinstance(value, str) and _is_legible(value)) for value in values)
 
 
-def _conditions(
-    questions: Iterable[Question], columns: Mapping[str, Mapping[str, ColumnType]]
-) -> dict[Asked, Condition]:
-    """What is asked, as far as all its columns are known."""
+def _is_legible(text: str) -> bool:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return "\0" not in text
+
+
+def _conditions(questions: Iterable[Question], columns: Mapping[str, Mapping[str, Declared]]) -> dict[str, Condition]:
+    """What is asked, by its name, as far as all its columns are known."""
     conditions = {}
-    for asked in dict.fromkeys(question.asked for question in questions):
+    for asked in {question.asked.name: question.asked for question in questions}.values():
         known = columns.get(asked.table, {})
         if all(column in known for column in asked.columns):
-            name = asked.table.split(".", 1)[1]
-            conditions[asked] = Condition(
-                asked.sql, name, {column: Declared(*known[column].declared) for column in asked.columns}
-            )
+            table = asked.table.split(".", 1)[1]
+            conditions[asked.name] = Condition(asked.sql, table, {column: known[column] for column in asked.columns})
     return conditions
 
 
@@ -360,6 +370,13 @@ _ANSWERS: Final = "select pg_catalog.current_setting($1)"
 
 # The read-only mode lasts until the transaction ends, as everything here does.
 _PREPARE: Final = """
+with schema as materialized (
+  select oid from pg_namespace where position(nspname::text in $6) > 0
+), role as materialized (
+  select rolname::text as name from pg_roles
+  where (rolname = session_user or rolname = any($5::text[]) and pg_has_role(session_user, oid, 'MEMBER'))
+    and not exists (select from schema where not has_schema_privilege(pg_roles.oid, schema.oid, 'USAGE'))
+)
 select set_config($1, $2, true),
        set_config('statement_timeout', $3, true),
        set_config('lock_timeout', $4, true),
@@ -369,11 +386,9 @@ select set_config($1, $2, true),
        set_config('transform_null_equals', 'off', true),
        set_config('array_nulls', 'on', true),
        set_config('jit', 'off', true),
-       array(select r.rolname::text from pg_roles r
-             where r.rolname = any($5::text[])
-               and exists (select from pg_namespace n
-                           where position(n.nspname::text in $6) > 0
-                             and not has_schema_privilege(r.oid, n.oid, 'USAGE'))) as unresolved
+       set_config('role', case when session_user in (select name from role) then 'none'
+                               else coalesce((select min(name) from role), 'none') end, true),
+       array(select name from role union all select 'none' from role where name = session_user) as knowing
 """
 
 _TYPES: Final = """

@@ -9,10 +9,11 @@ answers in another. So it is the same from call to call, and neither a log nor p
 - Each question stands in an exception block: what fails is that answer alone.
 - Each role has expressions of its own: whether it may call a function is asked once and kept with the plan.
 - A policy may call functions of a schema that its reader may not use: their names were resolved when it was made. For
-  such a role the block *prepares*: first comes nobody, in the login role, for whom every name is resolved and nothing
-  is evaluated. (Postgres resolves them again where row security of a table in that expression depends on the role.)
+  such a role the block *prepares*: first comes nobody, in the role that the block was begun in, for whom every name is
+  resolved and nothing is evaluated. (Where an expression reads a table under row security, Postgres resolves its names
+  again for the role, and there the privilege is needed.)
 
-Layer: pure. May import: nothing.
+Layer: pure. May import: nothing of ours.
 Sources: pl_exec.c (exec_eval_simple_expr, exec_stmt_block), plancache.c (RevalidateCachedQuery), guc.c (AtEOXact_GUC).
 """
 
@@ -39,8 +40,9 @@ MAX_TOTAL: Final = 1 << 24
 """After so many bytes of values the block ends: whoever has not been reached by then has no answer."""
 
 
-_OWN_SEARCH_PATH: Final = "pg_catalog, pg_temp"
-"""Outside the questions, so that no name can mean anything else."""
+_END: Final = """perform pg_catalog.set_config('role', 'none', true);
+perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+"""
 
 _UNDO: Final = "BRDGE"
 """Raised to roll back what one user's questions have done."""
@@ -144,9 +146,7 @@ perform pg_catalog.set_config('role', {tag}_as, true);
 {named}exception when others then null;
 end;
 end loop;
-perform pg_catalog.set_config('role', 'none', true);
-perform pg_catalog.set_config('search_path', '{_OWN_SEARCH_PATH}', true);
-perform set_config('{OUTPUT}', array_to_json({tag}_answers)::text, true);
+{_END}perform set_config('{OUTPUT}', array_to_json({tag}_answers)::text, true);
 end ${tag}$"""
 
 
@@ -253,11 +253,12 @@ class _Block(NamedTuple):
     def written(self, sections: Sequence[Section], search_path: str, ask: Callable[[Section], str]) -> str:
         tag = self.tag
         users = "".join(self._users(number, section, ask(section)) for number, section in enumerate(sections))
+        given = "".join(_texts(tag, name, name) for name in ("claims", "sub", "role", "email"))
         return f"""do ${tag}$
 #variable_conflict use_column
 declare
 {tag}_input constant json := current_setting('{INPUT}');
-{"".join(_texts(tag, name, name) for name in ("claims", "sub", "role", "email"))}{_numbers(tag, "ends")}{self.variables}
+{given}{_numbers(tag, "ends")}{self.variables}\
 {tag}_text text;
 {tag}_size int4;
 {tag}_total int4 := 0;
@@ -267,8 +268,7 @@ perform set_config('{INPUT}', '', true), set_config('search_path', {literal(sear
 <<{tag}_all>>
 begin
 {users}end;
-perform pg_catalog.set_config('search_path', '{_OWN_SEARCH_PATH}', true);
-perform set_config('{OUTPUT}', array_to_json({tag}_answers)::text, true);
+{_END}perform set_config('{OUTPUT}', array_to_json({tag}_answers)::text, true);
 end ${tag}$"""
 
     def _users(self, number: int, section: Section, asked: str) -> str:
@@ -295,7 +295,7 @@ end loop;
 """
 
     def _become(self, section: Section) -> str:
-        """Take the user's claims and role; without claims, stay the login role."""
+        """Take the user's claims and role; nobody takes any."""
         tag = self.tag
         settings = [f"pg_catalog.set_config('{name}', {tag}_{of}[{tag}_user], true)" for name, of in _SETTINGS.items()]
         settings.append(f"pg_catalog.set_config('role', {literal(section.role)}, true)")

@@ -7,7 +7,8 @@ and IS NULL included.
 Only what compares by its canonical text, or in an order that is known here, becomes an atom. For any other type, cast
 or collation Postgres is asked, and where it cannot be, the expression is unsupported.
 
-Layer: pure. May import: change, canonical, policy.expression, policy.ordering, policy.predicate.
+Layer: pure. May import: change, canonical, policy.atoms, policy.expression, policy.ordering,
+policy.predicate.
 Sources: parse_oper.c and parse_coerce.c (which types compare, and as what).
 """
 
@@ -18,6 +19,21 @@ from typing import Final, NamedTuple, TypeAlias
 
 from realtime_bridge.canonical import FORMED_TYPES, TEXT_TYPES, canonical, cast, family, is_castable, keeps_text
 from realtime_bridge.change import ABSENT
+from realtime_bridge.policy.atoms import (
+    Among,
+    Answer,
+    Atom,
+    FixedTerm,
+    Holds,
+    Less,
+    Missing,
+    OneOf,
+    RowTerm,
+    Same,
+    Term,
+    Truth,
+    UserTerm,
+)
 from realtime_bridge.policy.expression import (
     And,
     Asked,
@@ -45,21 +61,8 @@ from realtime_bridge.policy.predicate import (
     ANY_TRUTH,
     NEVER,
     TRUE_ONLY,
-    Among,
-    Answer,
-    Atom,
     Dnf,
-    FixedTerm,
-    Holds,
-    Less,
-    Missing,
-    OneOf,
     Predicate,
-    RowTerm,
-    Same,
-    Term,
-    Truth,
-    UserTerm,
     Wanted,
     both,
     either,
@@ -78,14 +81,12 @@ class ColumnType:
         schema: of that type.
         labels: of an enum; None for any other type.
         exact: whether equal texts are the same texts: not so under a nondeterministic collation.
-        declared: the type with its modifier, and the collation if it is not the type's own, both as SQL.
     """
 
     name: str
     schema: str = "pg_catalog"
     labels: frozenset[str] | None = None
     exact: bool = True
-    declared: tuple[str, str] = ("", "")
 
     @property
     def written(self) -> str:

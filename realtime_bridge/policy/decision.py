@@ -5,26 +5,18 @@ Sources: get_row_security_policies (rowsecurity.c): permissive policies are join
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from realtime_bridge.policy.catalog import CatalogTable
-from realtime_bridge.policy.compiler import ColumnType, compile_expression
-from realtime_bridge.policy.expression import (
-    And,
-    Asked,
-    Claim,
-    Expression,
-    Or,
-    Query,
-    UnsupportedExpression,
-    queries_of,
-)
+from realtime_bridge.policy.compiler import compile_expression
+from realtime_bridge.policy.expression import And, Expression, Or, Query, UnsupportedExpression, queries_of
 from realtime_bridge.policy.facts import digest_of
-from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of
+from realtime_bridge.policy.predicate import EVERYTHING, Predicate, all_of, any_of, asked_together
 from realtime_bridge.policy.reading import ask_whole, parse_expression
-from realtime_bridge.policy.references import Dependency
 
+RULE: Final = "BRIDGE_POLICIES"
+"""In place of a policy's name where a rule stands in place of all of them."""
 CANNOT_DECIDE: Final = "the policies of {} cannot be decided by this bridge; its log says which part"
 
 
@@ -37,14 +29,10 @@ class Refusal(NamedTuple):
 
 
 class Surveying(Protocol):
-    """Tells what queries and conditions are, as `policy.asking` does. Both raise `DatabaseError`."""
+    """Tells what queries are, as `policy.asking` does. It may raise `DatabaseError`."""
 
     async def types(self, queries: Collection[Query]) -> Mapping[str, str | None]:
         """The name of each query's type by its SQL; None if Postgres does not understand it by itself."""
-        ...
-
-    async def dependencies(self, wanted: Collection[Query | Asked]) -> Mapping[Query | Asked, Dependency]:
-        """What each of them rests on."""
         ...
 
 
@@ -67,19 +55,17 @@ class Decision:
     """What the catalog's description of a table comes to.
 
     Attributes:
-        digest: of the description, and of what its policies go through.
+        digest: of the description, and of how it was decided.
+        table: the description.
         predicates: by role; each role has one of these or a refusal.
-        columns: role → the columns that it may read, in column order, where that is not all of them.
-        types: column → its type, in column order.
-        dependencies: what each query and condition of the predicates rests on.
+        columns: role → the columns that it may read, in column order, where it may not read the table as a whole.
     """
 
     digest: str
-    predicates: Mapping[str, Predicate] = field(default_factory=dict)
-    refusals: Mapping[str, Refusal] = field(default_factory=dict)
-    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    types: Mapping[str, ColumnType] = field(default_factory=dict)
-    dependencies: Mapping[Query | Asked, Dependency] = field(default_factory=dict)
+    table: CatalogTable
+    predicates: Mapping[str, Predicate]
+    refusals: Mapping[str, Refusal]
+    columns: Mapping[str, tuple[str, ...]]
 
 
 async def decide(
@@ -103,30 +89,30 @@ async def decide(
         UnsupportedExpression: the rule cannot be decided.
         DatabaseError: Postgres could not be asked.
     """
-    parts, refused = _read(table, rule, is_asking=asking is not None, whole=whole)
+    parts, refused = read_policies(table, rule, is_asking=asking is not None, whole=whole)
     queries = sorted({query for part in parts for query in queries_of(part.expression)}, key=lambda query: query.sql)
     types = None if asking is None else await asking.types(queries)
     decided = {role: _decide(role, table, rule, parts, refused, types) for role in sorted(roles)}
     predicates = {role: found for role, found in decided.items() if isinstance(found, Predicate)}
-    wanted = {what for p in predicates.values() for what in (*p.facts, *p.asked) if not isinstance(what, Claim)}
-    dependencies = await asking.dependencies(wanted) if asking is not None else {}
-    through = {f"{type(what).__name__} {what.sql}": found.digest for what, found in dependencies.items()}
     return Decision(
-        digest_of(table.digest, rule, whole, through),
+        digest_of(table.digest, rule, whole),
+        table,
         predicates,
         {role: found for role, found in decided.items() if isinstance(found, Refusal)},
-        {role: _readable(role, table) for role in decided if len(_readable(role, table)) < len(table.columns)},
-        table.columns,
-        dependencies,
+        {role: _readable(role, table) for role in decided if role not in table.granted},
     )
 
 
-def _read(
-    table: CatalogTable, rule: str | None, *, is_asking: bool, whole: bool
+def read_policies(
+    table: CatalogTable, rule: str | None, *, is_asking: bool, whole: bool = False
 ) -> tuple[list[Part], dict[str, UnsupportedExpression]]:
-    """The policies that can be read, and why others cannot, by name."""
+    """The policies that can be read, and why others cannot, by name.
+
+    Raises:
+        UnsupportedExpression: the rule cannot be read.
+    """
     if rule is not None:
-        return [Part("BRIDGE_POLICIES", True, rule, _expression(table, rule, is_asking, whole, is_rule=True))], {}
+        return [Part(RULE, True, rule, _expression(table, rule, is_asking, whole, is_rule=True))], {}
     parts: list[Part] = []
     refused: dict[str, UnsupportedExpression] = {}
     for policy in table.policies:
@@ -182,7 +168,7 @@ def _closed(role: str, table: CatalogTable) -> str | None:
     readable = _readable(role, table)
     if not readable:
         return f"role {role} may not read {table.name}"
-    if not table.key <= set(readable):
+    if not set(table.key) <= set(readable):
         return f"role {role} may not read the primary key of {table.name}"
     return None
 
@@ -205,12 +191,12 @@ def _combine(parts: Sequence[Part], table: CatalogTable, types: Mapping[str, str
     """
 
     def compiled(expression: Expression) -> Predicate:
-        return compile_expression(expression, table.columns, types or {})
+        return compile_expression(expression, table.columns, types or {}, hidden=table.generated)
 
     permissive = [part for part in parts if part.permissive]
     restrictive = [part for part in parts if not part.permissive]
     try:
-        some = any_of(compiled(part.expression) for part in permissive)
+        some = asked_together(any_of(compiled(part.expression) for part in permissive))
         return all_of([some, *(compiled(part.expression) for part in restrictive)])
     except UnsupportedExpression:
         if types is None:

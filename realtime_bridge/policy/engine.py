@@ -10,7 +10,7 @@ Layer: adapters. May import: words, policy.*.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Final
 
@@ -26,6 +26,7 @@ from realtime_bridge.policy.index import AudienceIndex, Question, Seen
 from realtime_bridge.policy.knowledge import Asking, Knowledge
 from realtime_bridge.policy.members import Members
 from realtime_bridge.policy.reading import parse_expression
+from realtime_bridge.policy.shadow import Shadow
 from realtime_bridge.policy.table import Table
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class PolicyEngine:
     Attributes:
         undecided: changes of which something could not be decided for somebody.
         knowledge: what was asked of Postgres, with its counters.
+        shadow: compares a sample of what was decided with Postgres; None where that cannot be asked. Run it.
 
     Raises:
         ConfigurationError: a table has neither policies nor a rule, or a rule cannot be decided here.
@@ -85,9 +87,10 @@ class PolicyEngine:
         self._members = Members()
         self._publication = publication
         self.knowledge = Knowledge(self._tables, self._members, asking, fact_seconds)
+        self.shadow = None if catalog is None or asking is None else Shadow(asking, self._roles, self._rules)
         self._reading = asyncio.Lock()
         self._is_readable = True
-        self._fingerprint = ""
+        self._decided_by: tuple[Mapping[str, str], Set[str]] = ({}, frozenset())
 
     @property
     def denied_tables(self) -> dict[str, str]:
@@ -102,6 +105,10 @@ class PolicyEngine:
     def references(self) -> frozenset[str]:
         """Tables that policies refer to, whose changes have to come through the history."""
         return self.knowledge.references
+
+    def decision(self, table: str) -> Decision | None:
+        """What decides about a table's rows now; None if there is no such table, or it cannot be read."""
+        return self._tables[table].decision
 
     @property
     def present(self) -> int:
@@ -121,33 +128,23 @@ class PolicyEngine:
             self.knowledge.survey()
             return
         async with self._reading:
-            described = await self._read(list(self._tables.values()))
-            try:
-                await self._describe_all(list(self._tables.values()), described)
-            except _UndecidableRuleError as error:
-                raise _undecidable(error.table, error.reason) from None
+            refused = await self._take_in(*await self._read(self._catalog))
+        for table, error in refused.items():
+            raise _undecidable(table, error)
 
     async def reload(self, table: str) -> frozenset[str]:
-        """See `Policy.reload`."""
-        everything = table == "*" or table in self.references
-        tables = [known for known in self._tables.values() if everything or known.name == table]
-        if self._catalog is None or not tables:
+        """See `Policy.reload`. All tables are read, since policies of some may go through others."""
+        if self._catalog is None or not (table == "*" or table in self._tables or table in self.references):
             return frozenset()
-        before = {known.name: known.digest for known in tables}
+        before = {name: known.digest for name, known in self._tables.items()}
         async with self._reading:
             try:
-                described = await self._read(tables)
-                await self._describe_all(tables, described)
-            except _UndecidableRuleError as error:
-                refusal = Refusal(CANNOT_DECIDE.format(error.table), "BRIDGE_POLICIES", error.reason.part)
-                self._tables[error.table].refuse(self._roles, refusal)
+                await self._take_in(*await self._read(self._catalog))
             except Exception:  # whatever it is: policies that may have changed must not decide any more
                 logger.exception("policies could not be read")
-                self._fingerprint = ""
-                for known in tables:
-                    known.doubt(self._roles)
+                self._doubt(table)
         changed = frozenset(
-            known.name for known in tables if known.digest is None or known.digest != before[known.name]
+            name for name, known in self._tables.items() if known.digest is None or known.digest != before[name]
         )
         if changed:
             self._part()
@@ -158,45 +155,65 @@ class PolicyEngine:
         if self._catalog is None:
             return False
         try:
-            fingerprint = await self._catalog.fingerprint()
+            described, followed = await self._read(self._catalog)
         except BridgeError as error:
             if self._is_readable:
                 logger.warning("policies cannot be watched", extra={"reason": error.detail})
             self._is_readable = False
             return False
         self._is_readable = True
-        return fingerprint != self._fingerprint
+        decided_by = _digests(described), self._left_to_postgres
+        return followed != self.knowledge.followed or decided_by != self._decided_by
 
-    async def _read(self, tables: Sequence[Table]) -> dict[str, CatalogTable]:
-        assert self._catalog is not None, "only called with a catalog"
-        if len(tables) == len(self._tables):
-            self._fingerprint = await self._catalog.fingerprint()  # first: what changes meanwhile is noticed later
-            if self._publication is not None:
-                self.knowledge.followed = await self._catalog.published(self._publication)
-        return await self._catalog.read([table.name for table in tables], sorted(self._roles))
+    async def _read(self, catalog: Catalog) -> tuple[Mapping[str, CatalogTable], frozenset[str]]:
+        """The tables as the database describes them, and those whose changes come through the history."""
+        described = await catalog.read(list(self._tables), sorted(self._roles), self._rules)
+        followed = frozenset(await catalog.published(self._publication)) if self._publication else frozenset[str]()
+        return described, followed
 
-    async def _describe_all(self, tables: Sequence[Table], described: Mapping[str, CatalogTable]) -> None:
-        """Decide tables by what the catalog says now.
+    async def _take_in(
+        self, described: Mapping[str, CatalogTable], followed: frozenset[str]
+    ) -> Mapping[str, UnsupportedExpression]:
+        """Decide tables by what the catalog says now; returns those with a rule that cannot be decided, and why.
 
         Raises:
             DatabaseError: Postgres could not be asked what policies mean.
         """
-        for table in tables:
-            description = described.get(table.name)
-            if description is None:
-                table.refuse(self._roles, Refusal(f"there is no table {table.name}"))
+        refused: dict[str, UnsupportedExpression] = {}
+        whole = self._left_to_postgres
+        for name, table in self._tables.items():
+            if name not in described:
+                table.refuse(self._roles, Refusal(f"there is no table {name}"))
                 continue
-            decision = await self._decide(table, description)
-            if decision.digest != table.digest:
-                table.adopt(decision)
+            try:
+                decision = await decide(
+                    described[name],
+                    self._roles,
+                    rule=self._rules.get(name),
+                    asking=self._asking,
+                    whole=name in whole,
+                )
+            except UnsupportedExpression as error:
+                table.refuse(self._roles, Refusal(CANNOT_DECIDE.format(name), "BRIDGE_POLICIES", error.part))
+                refused[name] = error
+            else:
+                if decision.digest != table.digest:
+                    table.adopt(decision)
+        self._decided_by = _digests(described), whole
+        self.knowledge.followed = followed
         self.knowledge.survey()
+        return refused
 
-    async def _decide(self, table: Table, description: CatalogTable) -> Decision:
-        rule = self._rules.get(table.name)
-        try:
-            return await decide(description, self._roles, rule=rule, asking=self._asking)
-        except UnsupportedExpression as error:
-            raise _UndecidableRuleError(table.name, error) from None
+    @property
+    def _left_to_postgres(self) -> frozenset[str]:
+        """Tables whose policies Postgres decides whole."""
+        return frozenset() if self.shadow is None else frozenset(self.shadow.distrusted)
+
+    def _doubt(self, table: str) -> None:
+        """Show nothing of a table, or of any, before the catalog has been read again."""
+        self._decided_by = ({}, frozenset())
+        for known in [self._tables[table]] if table in self._tables else self._tables.values():
+            known.doubt(self._roles)
 
     # -- members
 
@@ -316,7 +333,15 @@ class PolicyEngine:
             if not await self._answer(changes):
                 break
         self.undecided += sum(bool(answer.unknown) for answer in answers)
+        if self.shadow is not None:
+            for change, answer in zip(changes, answers, strict=True):
+                self._draw(self.shadow, change, answer)
         return answers
+
+    def _draw(self, shadow: Shadow, change: Change | None, audience: Audience) -> None:
+        table = None if change is None else self._tables.get(change.relation.name)
+        if change is not None and table is not None and table.decision is not None and table.index is not None:
+            shadow.note(change, audience, table.decision, table.index.members)
 
     async def verdicts(self, entries: Sequence[Entry], member: Member) -> list[Verdict]:
         """See `Policy.verdicts`."""
@@ -339,7 +364,11 @@ class PolicyEngine:
         """Have Postgres asked what was left open; whether it is worth looking again."""
         tables = {self._tables[c.relation.name] for c in changes if c is not None and c.relation.name in self._tables}
         questions: list[tuple[AudienceIndex, Question]] = [
-            (index, question) for table in tables for index in table.indexes for question in index.open_questions()
+            (index, question)
+            for table in tables
+            if table.asked
+            for index in table.indexes
+            for question in index.open_questions()
         ]
         return bool(questions) and await self.knowledge.answer(questions)
 
@@ -377,7 +406,11 @@ class PolicyEngine:
         table = self._tables.get(relation.name)
         if table is None:
             return None, True
-        return table.decider(relation, self._roles, (m for m in self._members if m.uses and not m.pending))
+        return table.decider(relation, self._roles, self._sorted_in)
+
+    def _sorted_in(self) -> Iterator[Member]:
+        """Those who are part of audiences."""
+        return (member for member in self._members if member.uses and not member.pending)
 
 
 def _own(audience: Audience) -> Audience:
@@ -387,11 +420,8 @@ def _own(audience: Audience) -> Audience:
     )
 
 
-class _UndecidableRuleError(Exception):
-    def __init__(self, table: str, reason: UnsupportedExpression) -> None:
-        super().__init__(table)
-        self.table = table
-        self.reason = reason
+def _digests(described: Mapping[str, CatalogTable]) -> dict[str, str]:
+    return {name: table.digest for name, table in described.items()}
 
 
 def _parse_rule(table: str, rule: str, tables: Sequence[str], is_asking: bool) -> Expression:

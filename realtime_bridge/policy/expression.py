@@ -8,9 +8,10 @@ Layer: pure. May import: nothing of ours.
 Sources: Hasura and ElectricSQL split permissions alike, by session variable and by shape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import TypeAlias
 
 
@@ -49,6 +50,16 @@ class Reads:
     tables: frozenset[str] = frozenset()
     functions: frozenset[str] = frozenset()
     references: frozenset[tuple[str, str]] = frozenset()
+
+    def __or__(self, other: "Reads") -> "Reads":
+        """What both may depend on."""
+        return Reads(
+            self.columns | other.columns,
+            self.names | other.names,
+            self.tables | other.tables,
+            self.functions | other.functions,
+            self.references | other.references,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,15 @@ class Asked:
     def columns(self) -> tuple[str, ...]:
         """The columns that the answer depends on, in the order in which questions bring their values."""
         return tuple(sorted(self.reads.columns))
+
+
+def any_asked(questions: Sequence[Asked]) -> Asked:
+    """Several conditions about rows of one table and the user as one: whether any of them is TRUE."""
+    first, *others = questions
+    if not others:
+        return first
+    reads = reduce(or_, (one.reads for one in questions))
+    return Asked(" OR ".join(f"({one.sql})" for one in questions), first.table, reads, of_user=True)
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ They are read from the claims here, as the auth functions would read them from `
 refuse (a `sub` that is no uuid), and what cannot be known to be written as Postgres writes it (a number with a fraction
 or an exponent, an object or an array as text), is ABSENT: unknown, never NULL.
 
-Layer: adapters (it does no I/O). May import: words, canonical, policy.expression.
+Layer: adapters (it does no I/O). May import: words, canonical, policy.atoms, policy.expression.
 Sources: github:supabase/auth, migrations 20220224000811 and 20220531120530 (the functions' bodies);
 jsonb_object_field_text in jsonfuncs.c.
 """
@@ -19,8 +19,8 @@ import orjson
 from realtime_bridge.canonical import canonical, cast
 from realtime_bridge.change import ABSENT, Value
 from realtime_bridge.claims import Claims
+from realtime_bridge.policy.atoms import Values
 from realtime_bridge.policy.expression import Claim
-from realtime_bridge.policy.predicate import Values
 
 PER_TOKEN: Final = frozenset({"exp", "iat", "nbf", "jti", "session_id"})
 """Claims that differ between two tokens of one user: they tell members apart only if a policy reads them."""

@@ -8,7 +8,8 @@ the few members that remain. A branch that several roles share is one, so a publ
 What Postgres has to decide is looked up among its answers. Where one is missing the verdict is unknown and a question
 is left open: the engine has `open_questions` answered and looks again.
 
-Layer: adapters (it does no I/O). May import: words, policy.base, policy.expression, policy.predicate.
+Layer: adapters (it does no I/O). May import: words, policy.atoms, policy.base, policy.expression,
+policy.predicate.
 Sources: the equality index of ElectricSQL's shape filter.
 """
 
@@ -17,20 +18,10 @@ from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 from realtime_bridge.change import ABSENT, Absent, Image, Relation, Value
+from realtime_bridge.policy.atoms import Failed, Memo, Truth, Values, values_of
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.expression import Asked, Fact
-from realtime_bridge.policy.predicate import (
-    Conjunct,
-    Failed,
-    Key,
-    Memo,
-    Predicate,
-    Truth,
-    Values,
-    all_hold,
-    in_order,
-    values_of,
-)
+from realtime_bridge.policy.predicate import Conjunct, Key, Predicate, all_hold, in_order
 
 Members = Set[Member]
 _Key = TypeVar("_Key")
@@ -278,7 +269,9 @@ def _take(members: dict[_Key, set[Member]], key: _Key, member: Member) -> None:
 def union(sets: Iterable[Members]) -> Members:
     """The union; the largest of the sets itself if it holds all the others."""
     present = [members for members in sets if members]
-    largest = max(present, key=len, default=_NOBODY)
+    if len(present) < 2:
+        return present[0] if present else _NOBODY
+    largest = max(present, key=len)
     if all(members is largest or members <= largest for members in present):
         return largest
     return _NOBODY.union(*present)

@@ -16,24 +16,23 @@ from typing import Final, Protocol
 from realtime_bridge.change import ABSENT, Body, Change, Control
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError
+from realtime_bridge.policy.atoms import Failed, Memo, Truth
 from realtime_bridge.policy.base import Member
-from realtime_bridge.policy.compiler import ColumnType
+from realtime_bridge.policy.blocks import Declared
 from realtime_bridge.policy.decision import Surveying
-from realtime_bridge.policy.expression import Asked, Claim, Query
-from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
-from realtime_bridge.policy.index import AudienceIndex, Question
-from realtime_bridge.policy.members import Members
-from realtime_bridge.policy.predicate import Failed, Memo, Truth
-from realtime_bridge.policy.references import (
-    Dependency,
-    Kind,
+from realtime_bridge.policy.doubts import (
     Reference,
     asked_by_table,
     is_concerned,
     references_of,
-    users_mentioned,
+    texts_of,
     users_named,
 )
+from realtime_bridge.policy.expression import Asked, Claim, Query
+from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
+from realtime_bridge.policy.index import AudienceIndex, Question
+from realtime_bridge.policy.keeping import Dependencies, Keeping, References, part_of
+from realtime_bridge.policy.members import Members
 from realtime_bridge.policy.table import Table
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class Asking(Surveying, Protocol):
         ...
 
     async def answers(
-        self, columns: Mapping[str, Mapping[str, ColumnType]], questions: Sequence[Question]
+        self, columns: Mapping[str, Mapping[str, Declared]], questions: Sequence[Question]
     ) -> Sequence[Truth | Failed]:
         """What each condition is for its row, and for its member if it has one."""
         ...
@@ -90,9 +89,9 @@ class Knowledge:
         self._claims: frozenset[Claim] = frozenset()
         self._queries: Mapping[str, Sequence[Query]] = {}
         self._query_tables: frozenset[str] = frozenset()
-        self._dependencies: Mapping[Query | Asked, Dependency] = {}
+        self._dependencies: Mapping[Query | Asked, Dependencies] = {}
         self._references: Mapping[str, Sequence[Reference]] = {}
-        self._asked_by_table: Mapping[str, Sequence[Asked]] = {}
+        self._asked_by_table: Mapping[str, Sequence[tuple[Asked, Reference]]] = {}
         self._learning: dict[Member, object] = {}
         self._unlearned: set[Member] = set()
         self._answers_end: dict[str, float] = {}
@@ -113,8 +112,14 @@ class Knowledge:
                     uses[fact].add(table.name)
             asked.update(dict.fromkeys(table.asked))
         wanted: list[Query | Asked] = [*uses, *asked]
-        decisions = (table.decision for table in self._tables.values())
-        self._dependencies = {w: d for decision in decisions if decision for w, d in decision.dependencies.items()}
+        self._dependencies = {
+            what: self._depends(what, decision.table.references)
+            for decision in (table.decision for table in self._tables.values())
+            if decision is not None
+            for predicate in decision.predicates.values()
+            for what in (*predicate.facts, *predicate.asked)
+            if not isinstance(what, Claim)
+        }
         self._claims = frozenset(claims)
         self._queries = self._queries_by_role()
         self._query_tables = frozenset().union(*uses.values())
@@ -127,6 +132,12 @@ class Knowledge:
         self._known_since = {table: self._known_since.get(table, now) for table in self.references}
         self.claims_kept = PER_TOKEN if any(map(_may_read_any_claim, wanted)) else PER_TOKEN & claims_read(claims)
 
+    def _depends(self, what: Query | Asked, references: References) -> Dependencies:
+        if isinstance(what, Query):
+            return references.dependencies(what.reads, self.followed, what.keyed_by)
+        part = part_of(what.sql, what.table, references.claims)
+        return references.dependencies(what.reads, self.followed, frozenset() if part is None else part.keyed_by)
+
     def _queries_by_role(self) -> dict[str, Sequence[Query]]:
         found: dict[str, dict[Query, None]] = defaultdict(dict)
         for table in self._tables.values():
@@ -136,11 +147,11 @@ class Knowledge:
 
     def _is_tracked(self, what: Query | Asked) -> bool:
         """Whether a change in the history tells when an answer stops to hold, or nothing can make it."""
-        dependency = self._dependencies[what]
+        depends = self._dependencies[what]
         now = time.monotonic()
-        return dependency.kind is Kind.CLAIMS or (
-            dependency.kind is Kind.TRACKED
-            and all(t in self.followed and now - self._known_since[t] > NEW_SECONDS for t in dependency.tables)
+        return depends.keeping is Keeping.CLAIMS or (
+            depends.keeping is Keeping.TRACKED
+            and all(now - self._known_since[table] > NEW_SECONDS for table in depends.tables)
         )
 
     # -- members
@@ -217,30 +228,48 @@ class Knowledge:
             for table in self.references if body.table == "*" else (body.table,):
                 self._doubt_all(table, found)
             return found
-        table = body.relation.name
-        for reference in self._references.get(table, ()):
-            if is_concerned(reference, body):
-                for member in self._concerned(reference, body):
-                    found[member] |= reference.tables
-        for asked in self._asked_by_table.get(table, ()):
-            self._drop_answers(asked)
-            for member in self._members.named(users_mentioned(body)):
-                found[member].add(asked.table)
-                member.confirmed.discard(asked.table)
-        if table in self._query_tables:
+        self._doubt_concerned(body, found)
+        if body.relation.name in self._query_tables:
             for member in (*self._members.expired(), *self._unlearned):
                 found.setdefault(member, set())  # in doubt, though by no entry
         return found
+
+    def _doubt_concerned(self, change: Change, found: dict[Member, set[str]]) -> None:
+        table = change.relation.name
+        for reference in self._references.get(table, ()):
+            if is_concerned(reference, change):
+                for member in self._concerned(reference, change):
+                    found[member] |= reference.tables
+        for asked, reference in self._asked_by_table.get(table, ()):
+            if is_concerned(reference, change):
+                self._drop_answers(asked)
+                for member in self._seeing_otherwise(asked, reference, change):
+                    found[member].add(asked.table)
+                    member.confirmed.discard(asked.table)
 
     def _doubt_all(self, table: str, found: dict[Member, set[str]]) -> None:
         for reference in self._references.get(table, ()):
             for member in self._members:
                 found[member] |= reference.tables
-        for asked in self._asked_by_table.get(table, ()):
+        for asked, _ in self._asked_by_table.get(table, ()):
             self._drop_answers(asked)
 
+    def _seeing_otherwise(self, asked: Asked, reference: Reference, change: Change) -> Iterable[Member]:
+        """Who may see other rows by a condition now.
+
+        A new row that a condition does not find by its user cannot be told to everybody: most parents are made before
+        their children, and by the thousand. Whoever it names is told.
+        """
+        if change.operation == "INSERT" and not reference.keys:
+            candidates = self._members.named(texts_of(change))
+        else:
+            candidates = iter(self._concerned(reference, change))
+        decision = self._tables[asked.table].decision
+        roles = set() if decision is None else {r for r, p in decision.predicates.items() if asked in p.asked}
+        return (member for member in candidates if member.claims.role in roles)
+
     def _concerned(self, reference: Reference, change: Change) -> Iterable[Member]:
-        named = None if reference.key is None else users_named(change, reference.key)
+        named = users_named(change, reference.keys) if reference.keys else None
         return self._members if named is None else self._members.named(named)
 
     # -- conditions over rows
@@ -251,7 +280,7 @@ class Knowledge:
         for asked in table.asked:
             if self._is_tracked(asked):
                 continue
-            if self._dependencies[asked].kind is Kind.VOLATILE or now >= self._answers_end.get(asked.name, 0.0):
+            if self._dependencies[asked].keeping is Keeping.VOLATILE or now >= self._answers_end.get(asked.name, 0.0):
                 self._answers_end[asked.name] = now + self._seconds
                 self._drop_answers(asked)
 
@@ -270,7 +299,8 @@ class Knowledge:
     async def answer(self, questions: Sequence[tuple[AudienceIndex, Question]]) -> bool:
         """Have Postgres answer questions; whether it has answered any."""
         assert self._asking is not None, "questions come from where Postgres can be asked"
-        columns = {table.name: table.decision.types for table in self._tables.values() if table.decision is not None}
+        decisions = (table.decision for table in self._tables.values())
+        columns = {decision.table.name: decision.table.declared for decision in decisions if decision is not None}
         ages = {question.asked.name: self._answers_age[question.asked.name] for _, question in questions}
         try:
             truths = await self._asking.answers(columns, [question for _, question in questions])

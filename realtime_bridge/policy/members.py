@@ -1,6 +1,6 @@
 """The members that are known: those present, and for a while those who have left, since most come back.
 
-Layer: adapters (it does no I/O). May import: words, policy.base, policy.references.
+Layer: adapters (it does no I/O). May import: words, policy.base, policy.doubts.
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Final
 
 from realtime_bridge.claims import Claims
 from realtime_bridge.policy.base import Member
-from realtime_bridge.policy.references import uid_of
+from realtime_bridge.policy.doubts import names_of
 
 ABSENT_SECONDS: Final = 60.0
 """For so long what is known of a member is kept after it has left: a long poll comes back, and so does a page."""
@@ -27,7 +27,7 @@ class Members:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._known: dict[tuple[str, str], Member] = {}
-        self._by_uid: dict[str | None, set[Member]] = {}
+        self._by_name: dict[str, set[Member]] = {}
         self._absent: OrderedDict[Member, float] = OrderedDict()
         self._expiring: OrderedDict[Member, float] = OrderedDict()
 
@@ -61,7 +61,8 @@ class Members:
     def add(self, key: tuple[str, str], claims: Claims) -> Member:
         """A member that was not known."""
         member = self._known[key] = Member(key, claims)
-        self._by_uid.setdefault(uid_of(claims.values), set()).add(member)
+        for name in names_of(claims.values):
+            self._by_name.setdefault(name, set()).add(member)
         return member
 
     def rest(self, member: Member) -> None:
@@ -81,15 +82,15 @@ class Members:
         del self._known[member.key]
         self._absent.pop(member, None)
         self._expiring.pop(member, None)
-        uid = uid_of(member.claims.values)
-        self._by_uid[uid].discard(member)
-        if not self._by_uid[uid]:
-            del self._by_uid[uid]
+        for name in names_of(member.claims.values):
+            self._by_name[name].discard(member)
+            if not self._by_name[name]:
+                del self._by_name[name]
 
-    def named(self, uids: Iterable[str]) -> Iterator[Member]:
-        """Those whose `auth.uid()` is one of these."""
-        for uid in uids:
-            yield from tuple(self._by_uid.get(uid, ()))
+    def named(self, names: Iterable[str]) -> Iterator[Member]:
+        """Those whose `auth.uid()` or `auth.email()` is one of these."""
+        for name in names:
+            yield from tuple(self._by_name.get(name, ()))
 
     def expire(self, member: Member, seconds: float) -> None:
         """What is known of a member holds for so long from now; for all members the same."""

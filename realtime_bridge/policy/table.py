@@ -4,7 +4,7 @@ Layer: adapters (it does no I/O). May import: words, policy.*.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -72,7 +72,7 @@ class Table:
         """Decide by this from now on. Members are to be sorted in anew."""
         self.decision = decision
         self.refusals = decision.refusals
-        self.index = AudienceIndex(decision.predicates, _names(decision.types))
+        self.index = AudienceIndex(decision.predicates, _names(decision.table.columns))
         self.asked = frozenset[Asked]().union(*(predicate.asked for predicate in decision.predicates.values()))
         self.deciders.clear()
         self.doubtful = False
@@ -96,15 +96,15 @@ class Table:
         self.deciders.clear()
         self.doubtful = True
 
-    def decider(self, relation: Relation, roles: Collection[str], members: Iterable[Member]) -> Decider:
-        """What decides the images of a relation; `members` are those to be sorted into an index made for it."""
+    def decider(self, relation: Relation, roles: Collection[str], members: Callable[[], Iterable[Member]]) -> Decider:
+        """What decides the images of a relation; `members` gives those to be sorted into an index made for it."""
         decider = self.deciders.get(relation.version)
         if decider is None:
             if len(self.deciders) >= _MAX_RELATIONS:
                 del self.deciders[next(iter(self.deciders))]
             decider = self.deciders[relation.version] = self._decide(relation, roles)
             if decider.audiences is not None and decider.audiences is not self.index:
-                for member in members:
+                for member in members():
                     decider.audiences.add(member)
         return decider
 
@@ -129,11 +129,11 @@ class Table:
         """A digest of what decides what a member sees, as `Policy.digest`."""
         if self.doubtful:
             return ""
-        role = member.claims.role
-        decision = self.decision or Decision(repr(self.rule))
+        role, decision = member.claims.role, self.decision
+        decided = (repr(self.rule), None) if decision is None else (decision.digest, decision.columns.get(role))
         names = {fact.sql for fact in self.facts}
         known = {name: value for name, value in member.facts.items() if name in names}
-        return digest_of(decision.digest, self.refusals.get(role), decision.columns.get(role), known)
+        return digest_of(*decided, self.refusals.get(role), known)
 
     def _log(self) -> None:
         for refusal in dict.fromkeys(self.refusals.values()):

@@ -251,16 +251,16 @@ class Primary:
         await self.connection.execute("SELECT pg_drop_replication_slot($1)", name)
 
     async def terminate(self, pid: int) -> None:
-        """End a former reader's walsender.
+        """End a reader's walsender, and wait a moment until it is gone.
 
         Raises:
             SourceError: this role may not do it.
         """
         try:
-            await self.connection.execute("SELECT pg_terminate_backend($1)", pid)
+            await self.connection.execute("SELECT pg_terminate_backend($1, 1000)", pid)
         except asyncpg.InsufficientPrivilegeError as error:
             raise SourceError(
-                f"the former reader of the slot (pid {pid}) belongs to another role and cannot be ended; "
+                f"the reader of the slot (pid {pid}) belongs to another role and cannot be ended; "
                 f"run `SELECT pg_terminate_backend({pid})` as that role"
             ) from error
 

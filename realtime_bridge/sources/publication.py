@@ -32,9 +32,13 @@ async def publication_repairs(primary: Primary, publication: str, tables: Sequen
         _refuse_unpublishable(state)
     quoted = '"' + publication.replace('"', '""') + '"'
     missing = ", ".join(state["sql_name"] for state in states if not state["published"])
+    with_generated = any(state["has_stored"] and not state["published"] for state in states)
     if found is None:
-        return [f"CREATE PUBLICATION {quoted} FOR TABLE {missing} WITH (publish_via_partition_root = true)"]
+        options = "publish_via_partition_root = true" + with_generated * f", {_WITH_GENERATED}"
+        return [f"CREATE PUBLICATION {quoted} FOR TABLE {missing} WITH ({options})"]
     repairs = []
+    if with_generated and not found["with_generated"]:
+        repairs.append(f"ALTER PUBLICATION {quoted} SET ({_WITH_GENERATED})")
     if not found["complete"]:
         repairs.append(f"ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate')")
     if not found["via_root"] and any(state["kind"] == "p" for state in states):
@@ -78,6 +82,11 @@ def _refuse_unpublishable(state: Any) -> None:
         raise ConfigurationError(f"BRIDGE_TABLES: there is no table {name}")
     if state["kind"] not in ("r", "p"):
         raise ConfigurationError(f"BRIDGE_TABLES: {name} is not a table, so Postgres publishes no changes of it")
+    if not state["published"] and state["has_virtual"] and state["is_full"]:
+        raise ConfigurationError(
+            f"BRIDGE_TABLES: {name} has virtual generated columns and REPLICA IDENTITY FULL, and once published its "
+            f"rows could not be updated; run `ALTER TABLE {state['sql_name']} REPLICA IDENTITY DEFAULT`"
+        )
     if not state["published"] and not state["identified"]:
         raise ConfigurationError(
             f"BRIDGE_TABLES: {name} has no primary key, and once published its rows could not be updated; "
@@ -85,9 +94,13 @@ def _refuse_unpublishable(state: Any) -> None:
         )
 
 
+_WITH_GENERATED: Final = "publish_generated_columns = stored"
+"""From 18 on, Postgres refuses to update or delete rows whose replica identity holds columns that are not published."""
+
 _PUBLICATION: Final = """
-    SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AS complete, pubviaroot AS via_root
-    FROM pg_publication WHERE pubname = $1
+    SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AS complete, pubviaroot AS via_root,
+           to_jsonb(p) ->> 'pubgencols' = 's' AS with_generated
+    FROM pg_publication p WHERE pubname = $1
 """
 
 # A partitioned table that is published through its partitions is a member, but not in pg_publication_tables.
@@ -101,10 +114,21 @@ _TABLES: Final = """
                SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
                WHERE p.pubname = $1 AND r.prrelid = c.oid AND c.relkind = 'p'
            ) AS published,
+           'stored' = ANY (generated.kinds) AS has_stored, 'virtual' = ANY (generated.kinds) AS has_virtual,
+           c.relreplident = 'f' OR EXISTS (
+               SELECT FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE l.relreplident = 'f'
+           ) AS is_full,
            c.relreplident IN ('f', 'i') OR (c.relreplident = 'd' AND EXISTS (
                SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary
            )) AS identified
     FROM unnest($2::text[], $3::text[]) AS wanted(schema, name)
     LEFT JOIN (pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace)
         ON n.nspname = wanted.schema AND c.relname = wanted.name
+    CROSS JOIN LATERAL (
+        SELECT ARRAY(
+            SELECT CASE a.attgenerated WHEN 's' THEN 'stored' ELSE 'virtual' END FROM pg_attribute a
+            WHERE a.attrelid = c.oid AND a.attgenerated <> '' AND NOT a.attisdropped
+              AND current_setting('server_version_num')::int >= 180000
+        ) AS kinds
+    ) AS generated
 """

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
 
@@ -74,7 +75,7 @@ class SupabaseTables:
         return [row for row in (_image(relation, record) for record in records) if relation.key_of(row) in wanted]
 
     def _client(self, relation: Relation) -> httpx.AsyncClient:
-        headers = {**self._headers, "Accept-Profile": relation.schema}
+        headers = httpx.Headers({**self._headers, "Accept-Profile": relation.schema}, encoding="utf-8")
         return httpx.AsyncClient(base_url=self._url, headers=headers, timeout=_TIMEOUT)
 
     async def _behind(
@@ -91,7 +92,8 @@ class SupabaseTables:
         self, client: httpx.AsyncClient, table: str, query: Sequence[Condition], *, prefer: str = ""
     ) -> tuple[list[dict[str, Any]], httpx.Response]:
         try:
-            answer = await client.get(table, params=list(query), headers={"Prefer": prefer} if prefer else None)
+            headers = {"Prefer": prefer} if prefer else None
+            answer = await client.get(quote(table, safe=""), params=list(query), headers=headers)
             answer.raise_for_status()
             return json.loads(answer.content), answer
         except httpx.HTTPStatusError as error:

@@ -51,6 +51,11 @@ function onSubmit(form, act) {
   });
 }
 
+function fill({ elements }, { title, body }) {
+  elements.title.value = title;
+  elements.body.value = body;
+}
+
 function say(place, text) {
   place.textContent = text;
   place.hidden = !text;
@@ -76,7 +81,10 @@ class Panel {
     choice.onchange = () => this.#follow(users[choice.value]);
     this.#find(".cut").onclick = () => this.#cut();
     this.#find(".cancel").onclick = () => dialog.close();
-    onSubmit(write, (post) => this.#write("POST", "posts", post).then((isDone) => isDone && write.reset()));
+    onSubmit(write, (post) => {
+      fill(write, { title: "", body: "" }); // at once: the next post may be begun before the answer comes
+      this.#write("POST", "posts", post).then((isDone) => isDone || fill(write, post));
+    });
     onSubmit(dialog.firstElementChild, (post) => {
       this.#write("PATCH", `posts/${this.#edited}`, post).then((isDone) => isDone && dialog.close());
     });
@@ -238,11 +246,10 @@ class Panel {
     ];
   }
 
-  #edit({ id, title, body }) {
-    const dialog = this.#find("dialog"), fields = dialog.firstElementChild.elements;
-    this.#edited = id;
-    fields.title.value = title;
-    fields.body.value = body;
+  #edit(row) {
+    const dialog = this.#find("dialog");
+    this.#edited = row.id;
+    fill(dialog.firstElementChild, row);
     dialog.showModal();
   }
 }

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final, cast
 
@@ -37,28 +37,47 @@ _NOTSENT_BYTES: Final = 16 * 1024
 transport's buffer. What is on its way is not counted, so a far link stays busy: with 100 ms of round trip one
 connection carried 27 MB/s, and 30 without the limit."""
 
-_UNACKNOWLEDGED_SECONDS: Final = 55.0
-"""How long an event stream's peer may leave bytes unacknowledged, or its window closed, before it counts as gone."""
+UNACKNOWLEDGED_SECONDS: Final = 30.0
+"""How long the peer of anything but a WebSocket, which has pongs, may leave bytes unacknowledged, or its window closed,
+before it counts as gone. The bytes may be those of a ping, so that it is noticed half a minute after one is due."""
 
 _PING: Final = (ping_frame(),)
 _COMMENT: Final = (COMMENT,)
+
+
+def tell_of_shutdown(app_state: Mapping[str, Any]) -> None:
+    """Have the bridge of an application drain, if there is one: the server is being stopped."""
+    bridge = app_state.get("realtime_bridge")
+    if bridge is not None:
+        bridge.drain()
 
 
 class _TransportSink(asyncio.Protocol):
     """What every sink that is the transport itself has in common: writing, owing, closing, being lost.
 
     Reading never stops, so that the end of the link is always noticed; what arrives is either handed on or dropped.
+
+    Args:
+        connections, app_state: the server's, as its protocols have them.
     """
 
-    __slots__ = ("_connections", "_open", "_receiver", "_timer", "_transport", "full")
+    __slots__ = ("_app_state", "_connections", "_open", "_receiver", "_timer", "_transport", "full")
 
     restart_spread_seconds: ClassVar[float] = 3.0
     """On shutdown each client is told to come back after a random time up to this one."""
 
-    def __init__(self, transport: asyncio.Transport, connections: set[Any], *, send_buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        connections: set[Any],
+        app_state: Mapping[str, Any],
+        *,
+        send_buffer_bytes: int,
+    ) -> None:
         self.full = False
         self._transport = transport
         self._connections = connections
+        self._app_state = app_state
         self._receiver: Receiver = _NOBODY
         self._timer: asyncio.TimerHandle | None = None
         self._open = True  # neither side has begun to close
@@ -102,15 +121,22 @@ class _TransportSink(asyncio.Protocol):
         receiver, self._receiver = self._receiver, _NOBODY
         receiver.lost()
 
+    # what uvicorn asks of each member of `server_state.connections`
+
+    def shutdown(self) -> None:
+        """Ask the client to come back, at a time of its own."""
+        tell_of_shutdown(self._app_state)  # every one: there may be no other connection
+        self._ask_to_come_back(random.randint(0, round(self.restart_spread_seconds * 1000)))
+
+    def _ask_to_come_back(self, after_ms: int) -> None:
+        raise NotImplementedError
+
     # inside
 
     def _begin_close(self) -> None:
         if self._open:
             self._open = False
             self._timer = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
-
-    def _retry_ms(self) -> int:
-        return random.randint(0, round(self.restart_spread_seconds * 1000))
 
     def _tell_room(self) -> None:
         if self._open and not self.full:
@@ -124,8 +150,16 @@ class SocketSink(_TransportSink):
 
     encoding = Encoding.FRAME
 
-    def __init__(self, transport: asyncio.Transport, connections: set[Any], *, send_buffer_bytes: int) -> None:
-        super().__init__(transport, connections, send_buffer_bytes=send_buffer_bytes)
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        connections: set[Any],
+        app_state: Mapping[str, Any],
+        *,
+        send_buffer_bytes: int,
+    ) -> None:
+        super().__init__(transport, connections, app_state, send_buffer_bytes=send_buffer_bytes)
+        drop_unacknowledged(transport, 0)
         self._parser = FrameParser()
         self._owed_pong: bytes | None = None
         self._listening = True  # what arrives can still be understood
@@ -163,13 +197,10 @@ class SocketSink(_TransportSink):
         self._listening = False
         super().connection_lost(exc)
 
-    # what uvicorn asks of each member of `server_state.connections`
-
-    def shutdown(self) -> None:
-        """Ask the client to come back, at a time of its own."""
-        self.close(1012, f"retry in {self._retry_ms()} ms")
-
     # inside
+
+    def _ask_to_come_back(self, after_ms: int) -> None:
+        self.close(1012, f"retry in {after_ms} ms")
 
     def _take(self, opcode: int, payload: str | bytes) -> None:
         if opcode == CLOSE:
@@ -222,10 +253,6 @@ class EventSink(_TransportSink):
 
     encoding = Encoding.EVENT
 
-    def __init__(self, transport: asyncio.Transport, connections: set[Any], *, send_buffer_bytes: int) -> None:
-        super().__init__(transport, connections, send_buffer_bytes=send_buffer_bytes)
-        _drop_when_unacknowledged(transport)
-
     # Sink
 
     def ping(self) -> None:
@@ -244,15 +271,12 @@ class EventSink(_TransportSink):
         if self._open:
             self._receiver.alive()
 
-    # what uvicorn asks of each member of `server_state.connections`
-
-    def shutdown(self) -> None:
-        """Ask the client to come back, at a time of its own."""
-        if self._open:
-            self.write((retry_event(self._retry_ms()),))
-            self._end()
-
     # inside
+
+    def _ask_to_come_back(self, after_ms: int) -> None:
+        if self._open:
+            self.write((retry_event(after_ms),))
+            self._end()
 
     def _end(self) -> None:
         self._begin_close()
@@ -280,13 +304,13 @@ def _show_owed_bytes(transport: asyncio.Transport) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, _NOTSENT_BYTES)
 
 
-def _drop_when_unacknowledged(transport: asyncio.Transport) -> None:
-    """Let the kernel end a link whose peer vanished, since nothing in the protocol would ever answer."""
+def drop_unacknowledged(transport: asyncio.Transport, after_seconds: float) -> None:
+    """Let the kernel end a link whose peer vanished or takes nothing any more; 0 leaves it as the system has it."""
     option = getattr(socket, "TCP_USER_TIMEOUT", None)
     sock = transport.get_extra_info("socket")
     if option is not None and sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):  # the peer may be gone already
-            sock.setsockopt(socket.IPPROTO_TCP, option, int(_UNACKNOWLEDGED_SECONDS * 1000))
+            sock.setsockopt(socket.IPPROTO_TCP, option, int(after_seconds * 1000))
 
 
 class _Nobody:

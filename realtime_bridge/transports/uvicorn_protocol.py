@@ -25,7 +25,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from realtime_bridge.hub.base import Receiver, Sink
-from realtime_bridge.transports.transport_sinks import EventSink, SocketSink
+from realtime_bridge.transports import transport_sinks
+from realtime_bridge.transports.transport_sinks import EventSink, SocketSink, drop_unacknowledged, tell_of_shutdown
 
 _CREDENTIALS: Final = ("token", "ticket", "apikey")
 
@@ -117,7 +118,7 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._give_away(self._make_receiver)
 
     def _give_away(self, make_receiver: Callable[[Sink], Receiver]) -> None:
-        sink = SocketSink(self.transport, self.connections, send_buffer_bytes=self._send_buffer_bytes)
+        sink = SocketSink(self.transport, self.connections, self.app_state, send_buffer_bytes=self._send_buffer_bytes)
         sink.serve(make_receiver(sink))
         self._sink = sink
         if early := self._take_early():
@@ -141,8 +142,8 @@ class BridgeHttpProtocol(HttpToolsProtocol):
     the response is started; with its start, after whatever middleware adds to the headers, the transport is handed
     over, and the ASGI call has done its work. The body has no length and no chunks: its end is the end of the link.
 
-    Besides, it tells a bridge in the application when the server is being stopped, and bounds a request's head, which
-    httptools takes in without end.
+    Besides, it tells a bridge in the application when the server is being stopped, bounds a request's head, which
+    httptools takes in without end, and drops a client that takes nothing of its answer.
     """
 
     _head = 0
@@ -152,6 +153,7 @@ class BridgeHttpProtocol(HttpToolsProtocol):
         self, transport: asyncio.Transport
     ) -> None:
         super().connection_made(transport)
+        drop_unacknowledged(transport, transport_sinks.UNACKNOWLEDGED_SECONDS)
         self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -181,9 +183,7 @@ class BridgeHttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def shutdown(self) -> None:
-        bridge = self.app_state.get("realtime_bridge")
-        if bridge is not None:
-            bridge.drain()
+        tell_of_shutdown(self.app_state)
         super().shutdown()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -193,7 +193,7 @@ class BridgeHttpProtocol(HttpToolsProtocol):
         self, cycle: RequestResponseCycle, make_receiver: Callable[[Sink], Receiver], send_buffer_bytes: int
     ) -> None:
         """Leave the transport to an `EventSink`; called once the head of the response is written."""
-        sink = EventSink(self.transport, self.connections, send_buffer_bytes=send_buffer_bytes)
+        sink = EventSink(self.transport, self.connections, self.app_state, send_buffer_bytes=send_buffer_bytes)
         sink.serve(make_receiver(sink))
         cycle.response_complete = True
         cycle.message_event.set()

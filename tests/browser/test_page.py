@@ -181,6 +181,25 @@ async def test_a_connection_that_is_cut_comes_back_by_itself_with_nothing_missed
         await keep(page, "page-back")
 
 
+async def test_a_post_that_is_refused_comes_back_into_the_form(browser: Browser, env: Any) -> None:
+    context = await browser.new_context()
+    page = await context.new_page()
+    await page.goto(env["url"])
+    ada = Side(page, 0)
+    await ada.is_live()
+    await page.route("**/posts", lambda route: route.abort())
+    await ada.post("Not lost", "Nor this", public=False)
+    await expect(ada.element.get_by_role("alert")).to_be_visible()
+    form = ada.element.get_by_role("form", name="New post")
+    await expect(form.get_by_label("Title")).to_have_value("Not lost")
+    await expect(form.get_by_label("Text")).to_have_value("Nor this")
+    await page.unroute_all()
+    await form.get_by_role("button", name="Post").click()
+    await ada.shows("Not lost")
+    await expect(form.get_by_label("Title")).to_have_value("")
+    await context.close()
+
+
 async def test_position_and_proof_move(browser: Browser, env: Any) -> None:
     async with open_page(browser, env["url"]) as page:
         ada = Side(page, 0)

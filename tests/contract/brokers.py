@@ -5,10 +5,13 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
+import pytest
+
 from realtime_bridge.broker.base import Broker, Update
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Body, Change, Column, Entry, Relation
+from realtime_bridge.errors import BrokerError
 
 POSTS = Relation("public", "posts", (Column("id", "int8"), Column("title", "text")), (0,), full=True)
 LIMITS: dict[str, Any] = {
@@ -68,6 +71,25 @@ async def news(updates: AsyncIterator[Update]) -> Update:
             found = await anext(updates)
             if found.kind != "entries" or found.entries:
                 return found
+
+
+async def until_broken(updates: AsyncIterator[Update], timeout: float = 6) -> None:
+    """A follower says that it hears nothing, before a reader has to think it deaf."""
+
+    async def read_on() -> None:
+        async for _ in updates:
+            pass
+
+    with pytest.raises(BrokerError):
+        await asyncio.wait_for(read_on(), timeout)
+
+
+async def reachable(broker: Broker) -> bool:
+    try:
+        await broker.head()
+    except BrokerError:
+        return False
+    return True
 
 
 async def entries_up_to(updates: AsyncIterator[Update], number: int) -> list[Entry]:

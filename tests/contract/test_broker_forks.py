@@ -10,11 +10,13 @@ from typing import TypeAlias
 import pytest
 from redis.asyncio import Redis
 
-from realtime_bridge.broker.base import Update
+from realtime_bridge.broker.base import Durability, Update
 from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Control, Position
+from realtime_bridge.dev.engines import EmbeddedValkey
 from realtime_bridge.errors import ForkError, HistoryGoneError, LeaseLostError
 from tests.contract.brokers import POSTS, change, changes, entries_up_to, news, open_redis, seen, update
+from tests.services import running
 
 Restore: TypeAlias = Callable[[], Awaitable[None]]
 
@@ -367,3 +369,16 @@ async def test_info_tells_what_an_operator_should_know(redis_url: str, namespace
         info = await broker.info()
         assert info.version
         assert (info.evicts, info.append_only, info.snapshots, info.replicas) == (False, False, False, 0)
+        assert await broker.durability() == Durability("none", replicas=0, evicts=False)
+
+
+async def test_a_redis_that_syncs_every_append_says_so(namespace: str) -> None:
+    with running(EmbeddedValkey(durable=True)) as server:
+        async with open_redis(server.url, namespace) as [broker]:
+            assert (await broker.durability()).persistence == "always"
+            await broker.link.command("CONFIG SET", "appendfsync", "everysec")
+            assert (await broker.durability()).persistence == "every second"
+            await broker.link.command("ACL SETUSER", "default", "-config|get")
+            assert (await broker.durability()).persistence == "every second"
+            await broker.link.command("CONFIG SET", "appendonly", "no")
+            assert (await broker.durability()).persistence == "unknown"

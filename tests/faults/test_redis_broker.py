@@ -13,7 +13,8 @@ from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Position
 from realtime_bridge.dev.engines import EmbeddedValkey
 from realtime_bridge.errors import BrokerError, HistoryGoneError, LeaseLostError
-from tests.contract.brokers import LIMITS, changes, entries_up_to, news, seen, update
+from tests.contract.brokers import LIMITS, changes, entries_up_to, news, reachable, seen, until_broken, update
+from tests.redises import ask
 from tests.services import eventually, running
 
 pytestmark = pytest.mark.fault
@@ -40,25 +41,6 @@ async def following(broker: RedisBroker) -> AsyncIterator[AsyncIterator[Update]]
     async with broker.follow() as updates:
         await update(updates)
         yield updates
-
-
-async def until_broken(updates: AsyncIterator[Update]) -> None:
-    """The follower says so within the time after which a reader may think it deaf."""
-
-    async def read_on() -> None:
-        async for _ in updates:
-            pass
-
-    with pytest.raises(BrokerError):
-        await asyncio.wait_for(read_on(), 6)
-
-
-async def reachable(broker: RedisBroker) -> bool:
-    try:
-        await broker.head()
-    except BrokerError:
-        return False
-    return True
 
 
 async def test_a_killed_redis_ends_the_follower_and_a_durable_one_goes_on(durable_server: EmbeddedValkey) -> None:
@@ -168,6 +150,13 @@ async def test_an_outage_longer_than_the_lease_costs_it(server: EmbeddedValkey) 
                     await broker.keep_lease(token, ttl=1)
         finally:
             server.thaw()
+
+
+async def test_a_lease_that_a_clock_set_back_makes_last_longer_is_given_up_in_time(server: EmbeddedValkey) -> None:
+    async with broker_at(server.url) as broker, broker_at(server.url) as other:
+        token = await broker.acquire_lease(ttl=1)
+        assert await ask(server, "PEXPIRE", "{faults}:lease", 3_600_000)  # as an hour back makes it
+        assert await asyncio.wait_for(other.acquire_lease(ttl=1), 10) != token
 
 
 @pytest.mark.slow

@@ -1,25 +1,21 @@
 """Each part restarted in turn under a steady writer: a resumed reader has no hole, and no repeat it was not told of."""
 
 import asyncio
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import asyncpg
-import httpx
 import pytest
-from websockets.exceptions import ConnectionClosed
 
 from realtime_bridge.dev.engines import EmbeddedPostgres, EmbeddedValkey
 from realtime_bridge.dev.schema import install_schema
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
-from tests.clients import Copy, open_socket, receive
+from tests.clients import Copy
 from tests.services import eventually, running, token
+from tests.steady import ADA, follow_for_ever, grows, titles
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(180)]
-
-ADA = str(uuid.UUID(int=1))
 
 
 @pytest.fixture
@@ -58,21 +54,6 @@ class StubbornWriter:
             connection.terminate()
 
 
-async def follow_for_ever(copy: Copy) -> None:
-    """Follow, and whenever the link ends, come back with the position."""
-    while True:
-        try:
-            async with open_socket(copy.url, copy.token, position=copy.position) as socket:
-                while True:
-                    await copy.take(await receive(socket, 60))
-        except (OSError, ConnectionClosed, httpx.TransportError):
-            await asyncio.sleep(0.05)
-
-
-async def copy_has_more_than(copy: Copy, rows: int) -> None:
-    await eventually(lambda: len(copy.rows) > rows, 30)
-
-
 @pytest.mark.parametrize("part", ["bridge", "valkey", "postgres"])
 async def test_a_restart_leaves_no_hole_and_no_repeat(
     part: str, engines: tuple[EmbeddedPostgres, EmbeddedValkey], namespace: str
@@ -98,16 +79,15 @@ async def test_a_restart_leaves_no_hole_and_no_repeat(
             reading = tasks.create_task(follow_for_ever(copy))
             writing = tasks.create_task(writer.run())
             for _ in range(2):
-                before = len(copy.rows)
-                await copy_has_more_than(copy, before + 20)
+                await grows(copy)
                 await asyncio.to_thread(restart[part])
                 await bridge.ready()
-            await copy_has_more_than(copy, len(copy.rows) + 20)
+            await grows(copy)
             writer.stopped = True
             await writing
             await eventually(lambda: len(copy.rows) >= writer.written, 30)
             reading.cancel()
-        assert sorted(int(row["title"]) for row in copy.rows.values()) == list(range(writer.written))
+        assert titles(copy) == list(range(writer.written))
         if not copy.resyncs:
             assert [int(m["record"]["title"]) for m in copy.history] == list(range(writer.written))
         assert copy.resyncs == []

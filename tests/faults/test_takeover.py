@@ -1,43 +1,72 @@
-"""Two replicas, one upstream: when the leader dies, freezes or leaves, the other goes on and nothing is lost."""
+"""Two replicas, one upstream: when the leader dies, freezes, leaves or is cut off, the other goes on in time."""
 
 import asyncio
-import re
+import os
 import signal
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeAlias
 
 import asyncpg
 import pytest
 
+from realtime_bridge.errors import BridgeError
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
-from tests.clients import http, open_socket, receive, receive_data
+from tests.clients import Copy, open_socket, receive, receive_data
+from tests.clocks import Clock
+from tests.contract.brokers import changes, open_redis, seen
+from tests.proxies import Proxy
 from tests.services import eventually, token
+from tests.steady import ADA, SteadyWriter, checks, follow_for_ever, grows, leads
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(120)]
 
-ADA = str(uuid.UUID(int=1))
+TAKEOVER_SECONDS = 8.0
+RED_SECONDS = 20.0
+"""Ten after the last proof, and before that five until a publication that is gone is noticed."""
+
+
+@dataclass
+class Pair:
+    """Two bridges, of which one leads.
+
+    Attributes:
+        road: leads the leader to Redis.
+        clocks: by which either lives.
+    """
+
+    leader: BridgeProcess
+    follower: BridgeProcess
+    road: Proxy
+    clocks: Mapping[BridgeProcess, Clock]
 
 
 @asynccontextmanager
-async def two_bridges(
-    database: str, redis_url: str, namespace: str
-) -> AsyncIterator[tuple[BridgeProcess, BridgeProcess]]:
-    """(leader, follower)."""
+async def pair(
+    database: str, redis_url: str, namespace: str, folder: Path, takeover_seconds: float = TAKEOVER_SECONDS
+) -> AsyncIterator[Pair]:
     await ensure_publication(database, PUBLICATION, ["public.posts"])
-    settings = {"REDIS_URL": redis_url, "BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": namespace.replace("-", "_")}
-    async with BridgeProcess(database, **settings) as one, BridgeProcess(database, **settings) as two:
-        assert [await leads(one), await leads(two)] == [True, False]
-        yield one, two
-
-
-async def leads(bridge: BridgeProcess) -> bool:
-    async with http(bridge.url) as client:
-        page = (await client.get("/metrics")).text
-    found = re.search(r"^realtime_bridge_leading (\S+)$", page, re.M)
-    assert found is not None
-    return float(found[1]) == 1
+    settings = {
+        "BRIDGE_NAMESPACE": namespace,
+        "BRIDGE_SLOT": namespace.replace("-", "_"),
+        "BRIDGE_TAKEOVER_SECONDS": str(takeover_seconds),
+    }
+    async with Proxy(int(redis_url.rpartition(":")[2].removesuffix("/0"))) as road, AsyncExitStack() as stack:
+        urls = (f"redis://127.0.0.1:{road.port}", redis_url)
+        bridges = [BridgeProcess(database, REDIS_URL=url, **settings) for url in urls]
+        clocks = {}
+        for name, bridge in zip(("leader", "follower"), bridges, strict=True):
+            (folder / name).mkdir()
+            bridge.plant = clocks[bridge] = Clock(folder / name)
+            await stack.enter_async_context(bridge)
+        leader, follower = bridges
+        assert [await leads(leader), await leads(follower)] == [True, False]
+        yield Pair(leader, follower, road, clocks)
 
 
 async def readers(database: str) -> list[str]:
@@ -53,26 +82,6 @@ async def readers(database: str) -> list[str]:
         await connection.close()
 
 
-class SteadyWriter:
-    """Inserts titles 0, 1, 2 … of one user, some a second, until it is stopped."""
-
-    def __init__(self, database: str) -> None:
-        self._database = database
-        self.written = 0
-        self._stop = asyncio.Event()
-
-    async def run(self) -> None:
-        connection = await asyncpg.connect(self._database)
-        while not self._stop.is_set():
-            await connection.execute("insert into posts (user_id, title) values ($1, $2)", ADA, str(self.written))
-            self.written += 1
-            await asyncio.sleep(0.01)
-        await connection.close()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-
 async def read_titles(url: str, titles: list[str], opened: asyncio.Event) -> None:
     async with open_socket(url, token(ADA)) as socket:
         assert (await receive(socket))["type"] == "ready"
@@ -83,34 +92,164 @@ async def read_titles(url: str, titles: list[str], opened: asyncio.Event) -> Non
             titles.append(message["record"]["title"])
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-async def test_another_goes_on_and_nothing_is_lost_or_doubled(
-    blow: signal.Signals, database: str, redis_url: str, namespace: str
+# -- what befalls a leader, and its end ------------------------------------------------------------------------------
+
+Blow: TypeAlias = Callable[[Pair], None]
+
+
+def killed(it: Pair) -> None:
+    it.leader.signal(signal.SIGKILL)
+
+
+def frozen(it: Pair) -> None:
+    it.leader.signal(signal.SIGSTOP)
+
+
+def thawed(it: Pair) -> None:
+    it.leader.signal(signal.SIGCONT)
+
+
+def cut_off(it: Pair) -> None:
+    it.road.refuses = True
+    it.road.cut()
+
+
+def let_in(it: Pair) -> None:
+    it.road.refuses = False
+
+
+def unheard(it: Pair) -> None:
+    it.road.is_deaf = True
+
+
+def heard(it: Pair) -> None:
+    it.road.is_deaf = False
+
+
+@pytest.mark.parametrize(("blow", "end"), [(killed, None), (frozen, thawed), (cut_off, let_in), (unheard, heard)])
+async def test_another_takes_over_in_time_and_nothing_is_lost_or_doubled(
+    blow: Blow, end: Blow | None, database: str, redis_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    async with two_bridges(database, redis_url, namespace) as (leader, follower):
+    async with pair(database, redis_url, namespace, tmp_path) as it:
         titles: list[str] = []
         opened = asyncio.Event()
         writer = SteadyWriter(database)
         async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(read_titles(follower.url, titles, opened))
+            reading = tasks.create_task(read_titles(it.follower.url, titles, opened))
             await opened.wait()  # what is written from now on is seen
             writing = tasks.create_task(writer.run())
             await eventually(lambda: len(titles) > 20)
             [before] = await readers(database)
-            leader.signal(blow)
-            await eventually(lambda: leads(follower), 20)
-            at_takeover = writer.written
-            await eventually(lambda: len(titles) > at_takeover + 20, 20)
+            blow(it)
+            written = writer.written
+            await eventually(lambda: len(titles) > written, TAKEOVER_SECONDS)
             [after] = await readers(database)
-            assert after != before
-            if blow is signal.SIGSTOP:
-                leader.signal(signal.SIGCONT)
-                await leader.ready()
-                assert not await leads(leader)
+            assert (after != before, await leads(it.follower)) == (True, True)
+            if end is not None:
+                end(it)
+                await it.leader.ready()
+                assert not await leads(it.leader)
                 assert await readers(database) == [after]
-                assert await leads(follower)
+                assert await leads(it.follower)
             writer.stop()
             await writing
             await eventually(lambda: len(titles) >= writer.written, 20)
             reading.cancel()
         assert titles == [str(i) for i in range(writer.written)]
+
+
+async def test_a_leader_that_stops_hands_over_at_once(
+    database: str, redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    async with pair(database, redis_url, namespace, tmp_path, takeover_seconds=600) as it:
+        it.leader.signal(signal.SIGTERM)
+        await eventually(lambda: leads(it.follower))
+
+
+# -- what keeps a former leader from writing -------------------------------------------------------------------------
+
+
+def append_until_refused(url: str, namespace: str, told: Connection) -> None:
+    """Lead for a second, and never ask whether that is still so: 1, 2, 3 … and at last the refusal's name."""
+
+    async def lead() -> None:
+        async with open_redis(url, namespace) as [broker]:
+            lease = await broker.acquire_lease(ttl=1)
+            number = 0
+            while True:
+                number += 1
+                await broker.append(lease, changes(number))
+                told.send(number)
+
+    try:
+        asyncio.run(lead())
+    except BridgeError as error:
+        told.send(type(error).__name__)
+
+
+async def test_what_a_frozen_leader_still_appends_is_refused_by_its_token(redis_url: str, namespace: str) -> None:
+    here, there = get_context("forkserver").Pipe()
+    former = get_context("forkserver").Process(target=append_until_refused, args=(redis_url, namespace, there))
+    former.start()
+    there.close()
+    try:
+        async with open_redis(redis_url, namespace) as [broker]:
+            while await asyncio.to_thread(here.recv) < 5:
+                pass
+            assert former.pid is not None
+            os.kill(former.pid, signal.SIGSTOP)
+            lease = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
+            head = await broker.append(lease, changes(1000))
+            os.kill(former.pid, signal.SIGCONT)
+            while isinstance(word := await asyncio.to_thread(here.recv), int):  # said before, or by now in the history
+                assert await broker.head() == head
+            assert word == "LeaseLostError"
+            assert seen(await broker.read(head.number - 1)) == [1000]
+    finally:
+        former.kill()
+        former.join()
+
+
+# -- clocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_clocks_that_jump_cost_no_lease_and_hide_no_deafness(
+    jump: float, database: str, redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    async with pair(database, redis_url, namespace, tmp_path) as it:
+        valid = token(ADA, ttl=6 * 3600, iat=None)  # by whichever clock
+        copy = Copy(it.follower.url, valid)
+        await copy.load()
+        writer = SteadyWriter(database)
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(follow_for_ever(copy))
+            writing = tasks.create_task(writer.run())
+            await grows(copy)
+            [before] = await readers(database)
+            for clock in it.clocks.values():
+                clock.jump(jump)
+            await grows(copy, 300)
+            assert await readers(database) == [before]
+            assert [await checks(it.leader), await checks(it.follower)] == [{}, {}]
+            killed(it)
+            written = writer.written
+            await eventually(lambda: len(copy.history) > written, TAKEOVER_SECONDS)
+            writer.stop()
+            await writing
+            await eventually(lambda: len(copy.history) == writer.written)
+            reading.cancel()
+        assert copy.resyncs == []
+        await eventually(lambda: checks_pass(it.follower))
+        connection = await asyncpg.connect(database)
+        await connection.execute(f"drop publication {PUBLICATION}")
+        await connection.close()
+        await eventually(lambda: is_deaf(it.follower), RED_SECONDS)
+
+
+async def checks_pass(bridge: BridgeProcess) -> bool:
+    return not await checks(bridge)
+
+
+async def is_deaf(bridge: BridgeProcess) -> bool:
+    return "nothing proven for" in (await checks(bridge)).get("upstream", "")

@@ -1,7 +1,5 @@
 """`realtime-bridge check`: what is broken is named, and what it says mends it."""
 
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from realtime_bridge.dev.processes import reserve_port
 from realtime_bridge.dev.schema import install_schema
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication
-from tests.bridges import PUBLICATION, environment
+from tests.bridges import PUBLICATION, environment, run
 from tests.services import SECRET, PgBouncer, eventually, running
 
 pytestmark = pytest.mark.integration
@@ -63,11 +61,6 @@ async def published(database: str) -> str:
     """The address of a database from which changes can be read."""
     await ensure_publication(database, PUBLICATION, [TABLE])
     return database
-
-
-def run(*arguments: str, folder: Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "realtime_bridge", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=50)
 
 
 # -- Postgres ----------------------------------------------------------------------------------------------------------
@@ -187,6 +180,71 @@ async def test_a_policy_that_cannot_be_decided_is_named(published: str) -> None:
     assert "ctid" in found[f"decision {TABLE} authenticated"].detail
 
 
+EVALUATED = """
+    create table members (user_id uuid, org int, primary key (user_id, org));
+    create table secrets (user_id uuid primary key);
+    create function is_open(org int) returns bool language plpgsql as 'begin return org = 7; end;';
+    create table papers (id int primary key, org int, is_public bool);
+    create policy public on papers using (is_public);
+    create policy all_of_it on papers to anon using (true);
+    create policy members on papers using (org in (select m.org from members m where m.user_id = auth.uid()));
+    create policy secret on papers using (exists (select from secrets s where s.user_id = auth.uid()));
+    create policy open on papers using (is_open(org) or random() < 0);
+    create policy impossible on papers using (ctid is null);
+    create policy of_nobody on papers to service_role using (xmin is null);
+    alter table papers enable row level security, replica identity full;
+    grant select on members, secrets, papers to anon, authenticated;
+"""
+
+
+@pytest.fixture
+async def evaluated(published: str) -> str:
+    """The address of a database with policies of all kinds on `public.papers`."""
+    connection = await asyncpg.connect(published)
+    await connection.execute(EVALUATED)
+    await connection.close()
+    return published
+
+
+async def test_how_each_policy_is_evaluated_is_told_and_how_long_what_it_reads_is_believed(evaluated: str) -> None:
+    await execute(evaluated, f"alter publication {PUBLICATION} add table papers, members")
+    found = await look(evaluated, tables="public.papers", fact_seconds=2)
+    assert found["evaluation public.papers"].status == "warning"
+    assert found["evaluation public.papers"].detail == (
+        "Who sees rows of public.papers is evaluated: all_of_it the same for every row; "
+        "impossible not at all (column ctid, which no change brings); "
+        "members by index (believed until public.members changes); "
+        "open by database (asked each time, since pg_catalog.random is declared volatile; "
+        "believed for 2 s, since public.is_open cannot be looked into); "
+        "public by row; "
+        "secret by fact (believed for 2 s, since public.secrets is not followed)."
+    )
+
+
+async def test_tables_that_policies_read_are_told_and_whether_they_are_followed(evaluated: str) -> None:
+    await execute(evaluated, f"alter publication {PUBLICATION} add table papers, members where (org > 0)")
+    await execute(evaluated, "drop policy impossible on papers")  # which leaves nothing to be read
+    found = await look(evaluated, tables="public.papers")
+    assert "followed public.papers" not in found
+    for table in ("public.members", "public.secrets"):
+        finding = found[f"followed {table}"]
+        assert finding.status == "warning"
+        assert "believed for 5 s (BRIDGE_FACT_SECONDS)" in finding.detail
+        await execute(evaluated, finding.fix)
+    mended = await look(evaluated, tables="public.papers")
+    assert {mended[f"followed {table}"].status for table in ("public.members", "public.secrets")} == {"ok"}
+    assert "secret by fact (believed until public.secrets changes)" in mended["evaluation public.papers"].detail
+
+
+async def test_with_the_supabase_source_no_table_that_policies_read_is_followed(evaluated: str) -> None:
+    await execute(evaluated, "drop policy impossible on papers")
+    found = await look(
+        evaluated, tables="public.papers", source="supabase", supabase_url="http://127.0.0.1:1", supabase_key="x"
+    )
+    assert (found["followed public.members"].status, found["followed public.members"].fix) == ("warning", "")
+    assert "supabase source" in found["followed public.members"].detail
+
+
 async def test_a_rule_stands_in_for_the_policies(published: str) -> None:
     await execute(published, "alter table posts disable row level security")
     rule = orjson.dumps({TABLE: "is_public"}).decode()
@@ -230,6 +288,84 @@ async def test_columns_that_never_arrive_and_columns_that_arrive_as_text_are_tol
     found = await look(published)
     assert (found[f"columns {TABLE}"].status, "(long)" in found[f"columns {TABLE}"].detail) == ("warning", True)
     assert "both_ (pair)" in found[f"column_types {TABLE}"].detail
+
+
+STORED = "alter table posts add column long bool generated always as (length(title) > 9) stored"
+VIRTUAL = "alter table posts add column long bool generated always as (length(title) > 9) virtual"
+DEFAULT = "alter table posts replica identity default"
+SET_STORED = f'ALTER PUBLICATION "{PUBLICATION}" SET (publish_generated_columns = stored);'
+FULL = "ALTER TABLE public.posts REPLICA IDENTITY FULL;"
+AGAIN = " ".join(f'ALTER PUBLICATION "{PUBLICATION}" {verb} TABLE public.posts;' for verb in ("DROP", "ADD"))
+GENERATED = {
+    "stored": (f"{DEFAULT}; {STORED}", "warning", f"{SET_STORED} {FULL}"),
+    "stored, and whole": (STORED, "problem", SET_STORED),
+    "stored, and listed": (
+        f"{DEFAULT}; {STORED}; alter publication {PUBLICATION} set table posts (id, title, long)",
+        "warning",
+        f"{SET_STORED} {AGAIN} {FULL}",
+    ),
+    "virtual": (f"{DEFAULT}; {VIRTUAL}", "warning", ""),
+    "virtual, and whole": (VIRTUAL, "problem", "ALTER TABLE public.posts REPLICA IDENTITY DEFAULT;"),
+    "of another publication": (f"{DEFAULT}; {STORED}; create publication theirs for all tables", "warning", ""),
+}
+
+
+@pytest.mark.parametrize(("changing", "status", "fix"), GENERATED.values(), ids=GENERATED)
+async def test_no_replica_identity_is_advised_under_which_postgres_18_refuses_updates(
+    changing: str, status: str, fix: str, published: str
+) -> None:
+    await since_18(published)
+    await execute(published, changing)
+    finding = (await look(published))[f"replica_identity {TABLE}"]
+    assert (finding.status, finding.fix) == (status, fix)
+    assert ("refuses every UPDATE" in finding.detail) is (status == "problem" or not fix)
+    await execute(published, finding.fix)
+    await execute(published, UPDATES)
+    mended = (await look(published))[f"replica_identity {TABLE}"]
+    assert mended.status == ("ok" if fix and "DEFAULT" not in fix else "warning")
+
+
+async def test_fix_publishes_generated_columns_where_updates_would_be_refused_otherwise(database: str) -> None:
+    await since_18(database)
+    await execute(database, f"{STORED}; create table plain (id int primary key)")
+    done, failures = await apply_fixes(settings_for(database))
+    assert (len(done), failures) == (1, [])
+    assert done[0].endswith("WITH (publish_via_partition_root = true, publish_generated_columns = stored);")
+    await execute(database, UPDATES)
+    assert (await look(database))[f"columns {TABLE}"].status == "ok"
+
+    await execute(database, f"drop publication {PUBLICATION}; create publication {PUBLICATION} for table plain")
+    wanted = (await look(database, tables=f"{TABLE},public.plain"))[f"published {TABLE}"].fix
+    done, failures = await apply_fixes(settings_for(database, tables=f"{TABLE},public.plain"))
+    assert (" ".join(done), failures) == (wanted, [])
+    await execute(database, UPDATES)
+
+
+async def test_fix_publishes_no_table_of_which_postgres_would_refuse_updates_then(database: str) -> None:
+    await since_18(database)
+    await execute(database, VIRTUAL)
+    done, failures = await apply_fixes(settings_for(database))
+    assert done == []
+    assert "REPLICA IDENTITY DEFAULT" in failures[0].detail
+    await execute(database, DEFAULT)
+    assert (await apply_fixes(settings_for(database)))[1] == []
+    await execute(database, UPDATES)
+
+
+UPDATES = """
+    insert into posts (user_id, title) values (gen_random_uuid(), 'of a kind');
+    update posts set title = 'of another';
+    delete from posts
+"""
+
+
+async def since_18(database: str) -> None:
+    """Skip the test on a Postgres that has nothing to publish generated columns with."""
+    connection = await asyncpg.connect(database)
+    version = connection.get_server_version().major
+    await connection.close()
+    if version < 18:
+        pytest.skip(f"Postgres {version} publishes no generated columns")
 
 
 async def test_roles_that_are_missing_or_bound_by_no_policy_are_told(published: str, namespace: str) -> None:

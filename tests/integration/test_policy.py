@@ -548,7 +548,7 @@ async def test_the_catalog_leaves_nothing_behind_and_needs_no_transaction_around
         "authenticated",
         "service_role",
     }
-    assert table.key == {"id"}
+    assert table.key == ("id",)
     assert table.exempt == {"service_role"}
     assert [policy.expression for policy in table.policies] == [
         "((( SELECT auth.uid() AS uid) = user_id) OR is_public)"

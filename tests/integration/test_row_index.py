@@ -2,41 +2,35 @@
 
 import re
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
-import httpx
 import orjson
 import pytest
 from websockets.asyncio.client import ClientConnection
 
-from realtime_bridge.dev.supabase import LocalSupabase
-from realtime_bridge.sources.postgres import ensure_publication
-from tests.bridges import PUBLICATION, BridgeProcess
-from tests.clients import Message, open_socket, receive, receive_data
+from tests.bridges import BridgeProcess
+from tests.clients import Message, http, open_socket, receive, receive_data
 from tests.contract.test_broker_forks import store_of
-from tests.services import SECRET, eventually, token
+from tests.services import eventually, token
+from tests.ways import SHARED_WAYS, SUPABASE_WAYS, Way
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 ADA, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
-SERVICE_KEY = token(None, role="service_role")
 RULES = orjson.dumps({"public.posts": "user_id = auth.uid() or is_public"}).decode()
-
-SOURCES = ["postgres", "supabase"]
-BROKERS = ["memory", "redis"]
+RESYNC_SECONDS: Final = "0.1"
 
 
 @dataclass
 class Scene:
-    """A table without REPLICA IDENTITY FULL, bridges that read it, and two users."""
+    """A table without REPLICA IDENTITY FULL, and two users."""
 
     connection: "asyncpg.Connection[asyncpg.Record]"
-    bridges: list[BridgeProcess]
     sockets: AsyncExitStack
 
     async def insert(self, title: str, *, public: bool = False, body: str = "") -> int:
@@ -46,12 +40,17 @@ class Scene:
     async def publish(self, row: int, *, public: bool) -> None:
         await self.connection.execute("update posts set is_public = $2 where id = $1", row, public)
 
-    async def delete(self, row: int) -> None:
-        await self.connection.execute("delete from posts where id = $1", row)
+    async def delete(self, *rows: int) -> None:
+        await self.connection.execute("delete from posts where id = any ($1)", rows)
 
-    async def listen(self, bridge: BridgeProcess) -> tuple[ClientConnection, ClientConnection]:
+    async def listen(
+        self, bridge: BridgeProcess, positions: tuple[str | None, str | None] = (None, None)
+    ) -> tuple[ClientConnection, ClientConnection]:
         """Sockets of Ada, who owns every row, and of Bob, who sees the public ones."""
-        ada, bob = [await self.sockets.enter_async_context(open_socket(bridge.url, token(sub))) for sub in (ADA, BOB)]
+        ada, bob = [
+            await self.sockets.enter_async_context(open_socket(bridge.url, token(sub), position=position))
+            for sub, position in zip((ADA, BOB), positions, strict=True)
+        ]
         for socket in (ada, bob):
             assert (await receive(socket))["type"] == "ready"
         return ada, bob
@@ -65,38 +64,18 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(
-    database: str,
-    namespace: str,
-    source: str,
-    given: Mapping[str, str] | None = None,
-    *,
-    dsn: str | None = None,
-    bridges: int = 1,
-) -> AsyncIterator[Scene]:
-    """Bridges that are not started yet: rows inserted before are known to them from reading the table alone.
-
-    `given` are settings beside the usual ones, `dsn` is what the bridges know in place of the database.
-    """
-    slot = namespace.replace("-", "_")
-    settings = {"BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": slot, "BRIDGE_RESYNC_SECONDS": "0.1", **(given or {})}
+async def scene(way: Way) -> AsyncIterator[Scene]:
+    """Rows that are inserted before there is a bridge are known to it from reading the table alone."""
     async with AsyncExitStack() as stack:
-        connection = await asyncpg.connect(database)
+        connection = await asyncpg.connect(way.database)
         stack.push_async_callback(connection.close)
         await connection.execute("alter table posts replica identity default")
-        if source == "supabase":
-            supabase = LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key="anon")
-            await stack.enter_async_context(supabase)
-            settings |= {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": SERVICE_KEY}
-        else:
-            await ensure_publication(database, PUBLICATION, ["public.posts"])
-        processes = [BridgeProcess(database if dsn is None else dsn, **settings) for _ in range(bridges)]
-        yield Scene(connection, processes, stack)
+        yield Scene(connection, stack)
 
 
 async def metric(bridge: BridgeProcess, name: str) -> float:
-    async with httpx.AsyncClient() as client:
-        page = (await client.get(f"{bridge.url}/metrics")).text
+    async with http(bridge.url) as client:
+        page = (await client.get("/metrics")).text
     found = re.search(rf"^realtime_bridge_{name} (\S+)$", page, re.M)
     assert found is not None, page
     return float(found[1])
@@ -119,16 +98,10 @@ async def story(socket: ClientConnection) -> list[tuple[Any, ...]]:
         told.append((message["type"], *([row["id"]] if row else []), *(["left"] if message.get("left") else [])))
 
 
-@pytest.mark.parametrize("broker_name", BROKERS)
-@pytest.mark.parametrize("source", SOURCES)
-async def test_what_is_gone_is_told_to_those_who_saw_it_and_to_nobody_else(
-    source: str, broker_name: str, database: str, namespace: str, request: pytest.FixtureRequest
-) -> None:
-    settings = {"REDIS_URL": request.getfixturevalue("redis_url")} if broker_name == "redis" else {}
-    async with scene(database, namespace, source, settings) as stage:
-        [bridge] = stage.bridges
+async def test_what_is_gone_is_told_to_those_who_saw_it_and_to_nobody_else(way: Way) -> None:
+    async with scene(way) as stage:
         own, shared = await stage.insert("own"), await stage.insert("shared", public=True)
-        async with bridge:
+        async with way.bridge() as bridge:
             await stage.seeded(bridge)
             ada, bob = await stage.listen(bridge)
             # Rows known from reading the table,
@@ -163,10 +136,10 @@ async def test_what_is_gone_is_told_to_those_who_saw_it_and_to_nobody_else(
             assert (await metric(bridge, "old_rows_unknown_total"), await metric(bridge, "resyncs_total")) == (0, 0)
 
 
-async def test_without_a_database_a_row_is_known_from_its_first_change_on(database: str, namespace: str) -> None:
-    async with scene(database, namespace, "supabase", {"BRIDGE_POLICIES": RULES}, dsn="") as stage:
-        [bridge] = stage.bridges
-        async with bridge:
+@pytest.mark.parametrize("way", SUPABASE_WAYS, indirect=True)
+async def test_without_a_database_a_row_is_known_from_its_first_change_on(way: Way) -> None:
+    async with scene(way) as stage:
+        async with way.bridge(BRIDGE_POLICIES=RULES, DATABASE_URL="") as bridge:
             ada, bob = await stage.listen(bridge)
             mine, ours = await stage.insert("mine"), await stage.insert("ours", public=True)
             await stage.publish(mine, public=True)
@@ -190,23 +163,28 @@ async def test_without_a_database_a_row_is_known_from_its_first_change_on(databa
             ]
 
 
-async def test_old_values_are_told_but_for_long_ones(database: str, namespace: str) -> None:
-    async with scene(database, namespace, "postgres") as stage:
-        [bridge] = stage.bridges
+async def test_long_texts_are_not_known_of_a_row_that_was_and_cost_nothing_else(way: Way) -> None:
+    async with scene(way) as stage:
         row = await stage.insert("short", body="long " * 100)
-        async with bridge:
+        async with way.bridge() as bridge:
             await stage.seeded(bridge)
-            ada, _ = await stage.listen(bridge)
+            ada, bob = await stage.listen(bridge)
+            await stage.publish(row, public=True)
+            await stage.publish(row, public=False)
             await stage.delete(row)
+            assert (await receive_data(ada))["old_record"] == (await receive_data(ada))["old_record"] == {"id": row}
             gone = (await receive_data(ada))["old_record"]
             assert (gone["id"], gone["title"], gone["user_id"], "body" in gone) == (row, "short", ADA, False)
+            enters, leaves = await receive_data(bob), await receive_data(bob)
+            assert (enters["type"], enters["record"]["body"]) == ("INSERT", "long " * 100)
+            assert (leaves["type"], leaves["old_record"], leaves["left"]) == ("DELETE", {"id": row}, True)
 
 
 @asynccontextmanager
-async def blind_role(database: str, namespace: str) -> AsyncIterator[str]:
+async def blind_role(way: Way) -> AsyncIterator[str]:
     """A role that may follow the table, but does not see its rows."""
-    role = namespace.replace("-", "_")
-    connection = await asyncpg.connect(database)
+    role = way.namespace.replace("-", "_")
+    connection = await asyncpg.connect(way.database)
     try:
         await connection.execute(f"create role {role} login noinherit replication in role anon, authenticated")
         yield role
@@ -215,53 +193,47 @@ async def blind_role(database: str, namespace: str) -> AsyncIterator[str]:
         await connection.close()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-async def test_until_the_table_is_read_what_is_gone_is_a_resync_and_names_no_row(
-    source: str, database: str, namespace: str
-) -> None:
-    async with blind_role(database, namespace) as role:
-        dsn = database.replace("postgres@", f"{role}@", 1)
-        async with scene(database, namespace, source, dsn=dsn) as stage:
-            secret, other = await stage.insert("secret"), await stage.insert("other")
-            async with stage.bridges[0] as bridge:
-                await eventually(lambda: "may not read every row of public.posts" in bridge.log)
-                ada, bob = await stage.listen(bridge)
-                await stage.delete(secret)
-                for socket in (ada, bob):
-                    assert_resync(await receive_data(socket))
-
-                await stage.connection.execute(f"alter role {role} bypassrls; grant select on posts to {role}")
-                await stage.seeded(bridge)
-                await stage.delete(other)
-                await stage.insert("end", public=True)
-                assert (await story(ada), await story(bob)) == ([("DELETE", other)], [])
-
-
-async def test_what_finds_no_room_is_a_resync_and_names_no_row(database: str, namespace: str) -> None:
-    async with scene(database, namespace, "postgres", {"BRIDGE_ROW_INDEX_BYTES": "1"}) as stage:
-        [bridge] = stage.bridges
-        secret = await stage.insert("secret")
-        async with bridge:
-            await stage.seeded(bridge)
+async def test_until_the_table_is_read_what_is_gone_is_a_resync_and_names_no_row(way: Way) -> None:
+    async with blind_role(way) as role, scene(way) as stage:
+        secret, other = await stage.insert("secret"), await stage.insert("other")
+        blind = way.database.replace("postgres@", f"{role}@", 1)
+        async with way.bridge(DATABASE_URL=blind, BRIDGE_RESYNC_SECONDS=RESYNC_SECONDS) as bridge:
+            await eventually(lambda: "may not read every row of public.posts" in bridge.log)
             ada, bob = await stage.listen(bridge)
             await stage.delete(secret)
             for socket in (ada, bob):
                 assert_resync(await receive_data(socket))
+
+            await stage.connection.execute(f"alter role {role} bypassrls; grant select on posts to {role}")
+            await stage.seeded(bridge)
+            await stage.delete(other)
+            await stage.insert("end", public=True)
+            assert (await story(ada), await story(bob)) == ([("DELETE", other)], [])
+
+
+async def test_what_finds_no_room_is_one_resync_and_names_no_row(way: Way) -> None:
+    async with scene(way) as stage:
+        secrets = [await stage.insert("secret") for _ in range(3)]
+        async with way.bridge(BRIDGE_ROW_INDEX_BYTES="1", BRIDGE_RESYNC_SECONDS=RESYNC_SECONDS) as bridge:
+            await stage.seeded(bridge)
+            ada, bob = await stage.listen(bridge)
+            await stage.delete(*secrets)
+            for socket in (ada, bob):
+                assert_resync(await receive_data(socket))
             await stage.insert("end", public=True)
             assert await story(ada) == await story(bob) == []
-            assert await metric(bridge, "old_rows_unknown_total") == 1
-            assert await metric(bridge, "row_index_left_out") >= 1
+            assert await metric(bridge, "old_rows_unknown_total") == 3
+            assert await metric(bridge, "policy_undecided_total") == 3
+            assert await metric(bridge, "row_index_left_out") >= 3
             assert bridge.log.count("no room for all rows") == 1
 
 
 @pytest.mark.fault
-async def test_rows_are_read_again_when_the_broker_has_lost_them(database: str, namespace: str, redis_url: str) -> None:
-    async with (
-        scene(database, namespace, "postgres", {"REDIS_URL": redis_url}) as stage,
-        store_of(redis_url, namespace) as store,
-    ):
+@pytest.mark.parametrize("way", SHARED_WAYS, indirect=True)
+async def test_rows_are_read_again_when_the_broker_has_lost_them(way: Way) -> None:
+    async with scene(way) as stage, store_of(way.redis_url, way.namespace) as store:
         own = await stage.insert("own")
-        async with stage.bridges[0] as bridge:
+        async with way.bridge(BRIDGE_RESYNC_SECONDS=RESYNC_SECONDS) as bridge:
             await stage.seeded(bridge)
             ada, bob = await stage.listen(bridge)
             await store.lose_everything()
@@ -273,20 +245,17 @@ async def test_rows_are_read_again_when_the_broker_has_lost_them(database: str, 
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("source", SOURCES)
-async def test_a_successor_knows_what_the_dead_leader_knew(
-    source: str, database: str, namespace: str, redis_url: str
-) -> None:
-    async with scene(database, namespace, source, {"REDIS_URL": redis_url}, bridges=2) as stage:
-        leader, follower = stage.bridges
-        read, told = await stage.insert("read"), 0
-        async with leader, follower:
+@pytest.mark.parametrize("way", SHARED_WAYS, indirect=True)
+async def test_a_successor_knows_what_the_dead_leader_knew(way: Way) -> None:
+    async with scene(way) as stage:
+        read = await stage.insert("read")
+        async with way.replicas(2) as [leader, follower]:
             await stage.seeded(leader)
             ada, bob = await stage.listen(follower)
             told = await stage.insert("told")
             assert (await receive_data(ada))["record"]["id"] == told
             leader.kill()
-            if source == "supabase":  # which has told nobody what happened meanwhile
+            if way.forgets_its_place:
                 assert [(await receive_data(socket, 30))["type"] for socket in (ada, bob)] == ["resync", "resync"]
                 await stage.seeded(follower)
             await stage.delete(read)
@@ -294,4 +263,33 @@ async def test_a_successor_knows_what_the_dead_leader_knew(
             await stage.insert("end", public=True)
             assert (await story(ada), await story(bob)) == ([("DELETE", read), ("DELETE", told)], [])
             assert await metric(follower, "old_rows_unknown_total") == 0
-            assert follower.log.count("row index seeded") == (source == "supabase")
+            assert follower.log.count("row index seeded") == way.forgets_its_place
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("way", SHARED_WAYS, indirect=True)
+async def test_after_a_restart_the_rows_are_there_unless_changes_may_be_missing(way: Way) -> None:
+    async with scene(way) as stage:
+        away, after = await stage.insert("away"), await stage.insert("after", public=True)
+        async with way.bridge() as bridge:
+            await stage.seeded(bridge)
+            sockets = await stage.listen(bridge)
+            await stage.insert("met", public=True)
+            positions = tuple([(await receive_data(socket))["position"] for socket in sockets])
+            bridge.stop()
+            await stage.delete(away)
+            bridge.start()
+            await bridge.ready()
+            if way.forgets_its_place:
+                await stage.seeded(bridge, 2)
+            ada, bob = await stage.listen(bridge, positions)
+            if way.forgets_its_place:
+                assert [(await receive_data(socket))["reason"] for socket in (ada, bob)] == ["upstream_gap"] * 2
+            else:
+                assert (await receive_data(ada))["old_record"]["id"] == away
+            await stage.publish(after, public=False)
+            await stage.delete(after)
+            await stage.insert("end", public=True)
+            assert await story(ada) == [("UPDATE", after), ("DELETE", after)]
+            assert await story(bob) == [("DELETE", after, "left")]
+            assert bridge.log.count("row index seeded") == 1 + way.forgets_its_place

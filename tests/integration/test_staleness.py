@@ -30,19 +30,27 @@ POLICIES: Mapping[str, str] = {
     "by_row": "member_of(team)",
     "by_two": "team in (select m.team from members m where m.team < by_two.id and m.user_id = auth.uid())",
     "gated": "team in (select m.team from members m, gate g where m.user_id = auth.uid())",
+    "by_parent": "exists (select from shows s where s.team = by_parent.team and s.is_public)",
+    "by_nameless_key": "is_seated(team)",
     "opaquely": "opaque(team)",
     "by_claim": "cleared(team)",
 }
-REFERRED = ["members", "seats", "switches", "gate"]
+REFERRED = ["members", "seats", "switches", "gate", "shows"]
+NAMELESS = "chairs"
+"""Its old rows are told by a key that does not name the user."""
 SCHEMA = """
     create table members (user_id uuid, team int, primary key (user_id, team));
     create table seats (team int primary key, deleted bool);
     create table switches (name text primary key, enabled bool);
     create table gate (id int primary key);
+    create table shows (team int primary key, is_public bool);
+    create table chairs (id int primary key, user_id uuid, team int);
     create function my_teams() returns setof int language sql stable security definer set search_path = '' as
       $$ select m.team from public.members m where m.user_id = auth.uid() $$;
     create function member_of(wanted int) returns bool language sql stable security definer set search_path = '' as
       $$ select exists (select from public.members m where m.team = wanted and m.user_id = auth.uid()) $$;
+    create function is_seated(wanted int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.chairs c where c.team = wanted and c.user_id = auth.uid()) $$;
     create function opaque(wanted int) returns bool language plpgsql stable security definer set search_path = '' as
       $$ begin return public.member_of(wanted); end $$;
     create function cleared(wanted int) returns bool language plpgsql stable set search_path = '' as
@@ -51,6 +59,7 @@ SCHEMA = """
     create policy taken on seats for select using (not deleted and team in (select my_teams()));
     create policy everybody on switches for select using (true);
     create policy everybody on gate for select using (true);
+    create policy everybody on shows for select using (true);
     insert into seats values (1, false), (2, false);
     insert into switches values ('open', true);
     insert into gate values (1);
@@ -69,6 +78,11 @@ ENDS: Mapping[str, tuple[str, str]] = {
         ["directly", "by_exists", "by_function", "by_policy", "by_row", "by_two"],
         (f"insert into members values ('{BOB}', 1)", f"delete from members where user_id = '{BOB}'"),
     ),
+    "by_parent": (
+        "insert into shows values (1, true) on conflict (team) do update set is_public = true",
+        "update shows set is_public = false",
+    ),
+    "by_nameless_key": (f"insert into chairs values (1, '{BOB}', 1)", "delete from chairs"),
     "by_all": (
         "update switches set enabled = true where name = 'open'",
         "update switches set enabled = false where name = 'open'",
@@ -82,7 +96,7 @@ async def replicas(
     database: str, namespace: str, redis_url: str, table: str, *, followed: bool = True, **settings: str
 ) -> AsyncIterator[World]:
     """Two bridges that serve one table; the publication carries what its policy refers to, or does not."""
-    names = [f"public.{name}" for name in REFERRED] if followed else []
+    names = [f"public.{name}" for name in (*REFERRED, NAMELESS)] if followed else []
     async with world(
         database, namespace, SCHEMA, [f"public.{table}"], followed=names, redis_url=redis_url, **settings
     ) as it:

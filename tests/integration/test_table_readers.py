@@ -154,11 +154,13 @@ async def test_every_row_is_read_once_page_by_page(
     monkeypatch.setattr(supabase_tables, "MOST_ROWS", 7)
     pairs = sorted({(key, str(n)) for n, key in enumerate(KEYS)})
     async with connected(database) as db:
-        await db.execute('create table pairs ("Group" text, n int, v text, primary key ("Group", n))')
-        await db.executemany("insert into pairs values ($1, $2, 'v')", [(key, int(n)) for key, n in pairs])
+        await db.execute(
+            'create schema "o d"; create table "o d"."a/b?" ("Group" text, n int, primary key ("Group", n))'
+        )
+        await db.executemany('insert into "o d"."a/b?" values ($1, $2)', [(key, int(n)) for key, n in pairs])
     async with reader_through(through, database) as reader:
         async with reading(database, None) as describer:
-            relation = await describer.describe("public.pairs")
+            relation = await describer.describe("o d.a/b?")
         assert relation is not None
         pages = [page async for page in reader.pages(relation)]
         assert len(pages) >= len(pairs) / 7

@@ -2,7 +2,7 @@
 
 import pytest
 
-from realtime_bridge.policy.catalog import reads_claims
+from realtime_bridge.policy.references import reads_claims
 
 SETTING = "nullif(current_setting('request.jwt.claim.sub', true), '')"
 CLAIMS = "nullif(current_setting('request.jwt.claims', true), '')"

@@ -47,6 +47,7 @@ TABLE = Table(
     columns=(),
     published=True,
     published_columns=None,
+    narrow=(),
     row_filter=None,
     policies={},
     rule=None,
@@ -56,12 +57,13 @@ NOBODY = Access(schema_usage=True, select=False, owner=False, policies=())
 FACTS = Facts(
     server=SERVER,
     slot=SLOT,
-    publication=Publication((), via_root=True),
+    publication=Publication((), via_root=True, generated=False),
     roles=[Role("anon", exists=True, exempt="", takeable=True)],
     tables=[TABLE],
     publication_name="bridge",
     slot_name="bridge",
     namespace="ours",
+    fact_seconds=5,
     owned=True,
 )
 REDIS = RedisFacts(RedisInfo("7.2.4", "noeviction", append_only=True, snapshots=True, replicas=0), "", 0.0)

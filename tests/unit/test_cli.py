@@ -6,26 +6,10 @@ from pathlib import Path
 import jwt
 import pytest
 
-from realtime_bridge.cli import main
+from tests.command_line import CommandLine
 from tests.services import SECRET
 
 FOREIGN = ("SUPABASE_URL", "SUPABASE_KEY", "SUPABASE_JWT_SECRET", "DATABASE_URL", "REDIS_URL")
-
-
-class CommandLine:
-    """Runs `realtime-bridge` in this process: what an operator types, and what it answers."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error."""
-        self._monkeypatch.setattr("sys.argv", ["realtime-bridge", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        output = self._capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
 
 
 @pytest.fixture
@@ -41,7 +25,7 @@ def bridge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 # -- usage -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["serve", "dev", "check", "token", "tail", "teardown"])
+@pytest.mark.parametrize("command", ["serve", "dev", "check", "why", "token", "tail", "teardown"])
 def test_every_command_explains_itself(command: str, bridge: CommandLine) -> None:
     status, out, _ = bridge(command, "--help")
     assert status == 0
@@ -62,6 +46,7 @@ def test_every_command_explains_itself(command: str, bridge: CommandLine) -> Non
         ["dev", "--users", "0"],
         ["token"],
         ["token", "--sub", "ada", "--ttl", "0"],
+        ["why", "--table", "public.posts"],
         ["tail", "--token", "abc", "--url", "ftp://example.com"],
     ],
 )
@@ -96,6 +81,12 @@ def test_tail_needs_a_token_and_none_of_the_settings(bridge: CommandLine, monkey
     assert (status, out) == (2, "")
     assert err.startswith("realtime-bridge: REALTIME_BRIDGE_TOKEN or --token is missing")
     assert err.count("\n") == 1
+
+
+def test_why_needs_the_database(bridge: CommandLine) -> None:
+    status, out, err = bridge("why", "--user", "ada", "--table", "public.posts", "--key", "1")
+    assert (status, out) == (2, "")
+    assert err.startswith("realtime-bridge: DATABASE_URL is missing")
 
 
 def test_several_workers_need_redis(bridge: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

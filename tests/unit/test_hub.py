@@ -105,6 +105,7 @@ class ForkingBroker(MemoryBroker):
         self.forks: list[tuple[str, int]] = []
         self.batch = 500
         self.down = False
+        self.cuts_off = False
         self.poison = 0
 
     def fork(self, number: int) -> None:
@@ -147,6 +148,9 @@ class ForkingBroker(MemoryBroker):
         yield Update("entries", epoch, number, (), self._proven_until)
         while True:
             appended = self._appended
+            if self.cuts_off:
+                self.cuts_off = False
+                raise BrokerError("cut off")
             if epoch != self._epoch:
                 common = self._common(epoch)
                 assert common is not None
@@ -662,6 +666,25 @@ async def test_a_pong_in_a_fan_out_does_not_fall_behind_the_change_before_it() -
         assert seen
 
 
+async def test_what_is_appended_while_it_follows_anew_makes_no_history_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as world:
+        _, reader = await world.connect()
+        await world.append(insert(1))
+        await world.settled()
+        read = world.broker.read
+
+        async def read_late(after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:
+            monkeypatch.setattr(world.broker, "read", read)
+            await world.append(insert(3))
+            return await read(after, limit=limit)
+
+        monkeypatch.setattr(world.broker, "read", read_late)
+        world.broker.cuts_off = True
+        await world.append(insert(2))
+        await eventually(lambda: reader.keys == [1, 2, 3])
+        assert (reader.resyncs, world.broker.read) == ([], read)
+
+
 async def test_what_is_proven_is_taken_back_where_a_fork_cut_it_off() -> None:
     async with running() as world:
         await world.broker.append(world.token, [insert(1), insert(2)], proven_until=1000.0)
@@ -905,6 +928,28 @@ async def test_one_long_history_leaves_turns_to_others() -> None:
             await passes(1)
         assert len(sizes) >= 15
         assert reader.keys == list(range(4000))
+
+
+async def test_of_large_entries_no_more_is_decided_than_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as world:
+        start = world.hub.position
+        for n in range(1, 11):
+            await world.append(insert(n, mood="x" * 40_000))
+            await world.append(insert(-n, BOB, mood="x" * 40_000))
+        await world.settled()
+        decided = 0
+        verdicts = world.policy.verdicts
+
+        async def counted(entries: Sequence[Entry], member: Member) -> list[Verdict]:
+            nonlocal decided
+            decided += len(entries)
+            return await verdicts(entries, member)
+
+        monkeypatch.setattr(world.policy, "verdicts", counted)
+        _, reader = await world.connect(position=start)
+        await eventually(lambda: len(reader.keys) == 10)
+        assert reader.keys == list(range(1, 11))
+        assert decided == 20
 
 
 async def test_many_polls_leave_turns_to_others() -> None:

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from realtime_bridge.change import ABSENT, Column, Image, Relation, Value
 from realtime_bridge.claims import Claims
+from realtime_bridge.policy.atoms import MAX_ANSWERS, Memo, Values
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.expression import UnsupportedExpression, queries_of
 from realtime_bridge.policy.index import AudienceIndex, Question
-from realtime_bridge.policy.predicate import MAX_ANSWERS, Memo, Predicate, Values
+from realtime_bridge.policy.predicate import Predicate
 from realtime_bridge.policy.reading import parse_expression
 
 TYPES = {"id": "int4", "org": "uuid", "is_open": "bool", "people": "_uuid", "price": "numeric", "name": "text"}

@@ -15,12 +15,12 @@ LAYERS = [
         "pure",
         [
             *("values", "canonical", "filters", "pgoutput", "wire"),
-            *("policy.expression", "policy.nodes", "policy.dependence", "policy.membership", "policy.reading"),
-            *("policy.ordering", "policy.predicate", "policy.compiler"),
+            *("policy.expression", "policy.nodes", "policy.dependence", "policy.keeping", "policy.membership"),
+            *("policy.reading", "policy.ordering", "policy.atoms", "policy.predicate", "policy.compiler"),
         ],
     ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
-    ("core", ["ingest", "rows", "seeding", "repair", "hub"]),
+    ("core", ["ingest", "rows", "seeding", "repair", "hub", "guarantee"]),
     ("edges", ["transports", "rest"]),
     ("whole", ["bridge", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
 ]

@@ -1,6 +1,6 @@
 """The engine with rules and without a database."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from realtime_bridge.errors import ConfigurationError
 from realtime_bridge.policy.base import Audience, Member
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.policy.index import union
+from realtime_bridge.policy.members import Members
 
 ANN, BOB = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "b0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 COLUMNS = {"id": "int8", "owner": "uuid", "is_public": "bool", "body": "text"}
@@ -137,6 +138,21 @@ async def test_a_public_change_shares_one_set() -> None:
     first, second = await policy.audience(changes)
     assert len(first.new) == 4
     assert first.new is second.new
+
+
+async def test_no_change_but_the_first_of_a_relation_looks_through_all_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = engine()
+    ann, bob = policy.join(claims(ANN)), policy.join(claims(BOB))
+    assert (await audience(policy, "INSERT", None, row())).new == {ann}
+
+    def look_through(_: Members) -> Iterator[Member]:
+        raise AssertionError("what a change costs must not grow with the members")
+
+    monkeypatch.setattr(Members, "__iter__", look_through)
+    change = entry("INSERT", None, row(owner=BOB))
+    (found,) = await policy.audience([change])
+    assert found.new == {bob}
+    assert await policy.verdicts([change], ann) == [(False, False)]
 
 
 async def test_a_role_that_is_not_served_sees_nothing() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime_bridge.change import ABSENT, Image, Value
+from realtime_bridge.policy.atoms import RowTerm, UserTerm
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.expression import (
     And,
@@ -22,7 +23,7 @@ from realtime_bridge.policy.expression import (
     Or,
     UnsupportedExpression,
 )
-from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Key, Predicate, RowTerm, UserTerm, all_of, any_of
+from realtime_bridge.policy.predicate import MAX_CONJUNCTS, Key, Predicate, all_of, any_of, asked_together
 from realtime_bridge.policy.reading import parse_expression
 
 Row: TypeAlias = dict[str, Value]
@@ -384,3 +385,35 @@ def test_a_predicate_knows_its_columns_and_facts() -> None:
     predicate = compiled("auth.uid() = owner or (a and auth.role() = 'x')")
     assert predicate.columns == {"owner", "a"}
     assert predicate.facts == {Claim(("uid",)), ROLE}
+
+
+# -- what Postgres decides ---------------------------------------------------------------------------------------------
+
+
+def asking(sql: str) -> Predicate:
+    return compile_expression(parse_expression(sql, table="public.t", asking=True), COLUMNS)
+
+
+def test_alternatives_over_the_same_columns_are_one_question() -> None:
+    policies = [
+        "may_read(n)",
+        "may_write(n)",
+        "may_see(n, m)",
+        "is_open(m) AND a",
+        "owner = auth.uid()",
+        "sees(n) IS NOT TRUE",
+    ]
+    apart = any_of(asking(policy) for policy in policies)
+    together = asked_together(apart)
+    assert len(together.asked) == len(apart.asked) - 1
+    (joined,) = together.asked - apart.asked
+    assert sorted(part in joined.sql for part in ("may_read(n)", "may_write(n)", "may_see", "sees")) == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert joined.columns == ("n",)
+    assert joined.reads.functions == {"pg_catalog.may_read", "pg_catalog.may_write"}
+    assert len(together.conjuncts) == len(apart.conjuncts) - 1
+    assert asked_together(together) == together

@@ -466,8 +466,17 @@ async def test_rows_that_find_no_room_are_unknown_and_counted(caplog: pytest.Log
         olds = await term.olds(*(delete(key) for key in range(1, 6)))
         known = [old for old in olds if old is not None and ABSENT not in old]
         assert 0 < len(known) < 5
-        assert term.state.unknown == term.state.left_out == 5 - len(known)
+        assert term.state.unknown == 5 - len(known)
         assert caplog.text.count("no room for all rows") == 1
+
+
+async def test_of_a_table_that_is_too_large_the_rest_is_not_read() -> None:
+    tables = Tables()
+    tables.put(*(row(key) for key in range(1, 9)))
+    tables.gate = asyncio.Semaphore(1)  # for a page of two
+    async with leading(tables, MemoryBroker(**{**LIMITS, "row_index_bytes": 1})) as term:
+        await term.seeded()
+        await eventually(lambda: term.state.left_out == 2)
 
 
 # -- any interleaving --------------------------------------------------------------------------------------------------

@@ -3,11 +3,15 @@
 local state = load_state()
 local holder = redis.call('GET', LEASE)
 if holder and not string.find(ARGV[4], string.match(holder, '[^.]*$'), 1, true) then
-  return {'held', redis.call('PTTL', LEASE)}
+  -- Redis dates what runs out by a clock that may be set back: no lease may last longer than it was given for.
+  local left = redis.call('PTTL', LEASE)
+  local most = tonumber(redis.call('HGET', STATE, 'ttl') or left)
+  if left > most then redis.call('PEXPIRE', LEASE, most) end
+  return {'held', math.min(left, most)}
 end
 local counter = redis.call('HINCRBY', STATE, 'counter', 1)
 local token = state.epoch .. '.' .. text(counter) .. '.' .. ARGV[2]
-redis.call('HSET', STATE, 'token', token)
+redis.call('HSET', STATE, 'token', token, 'ttl', ARGV[3])
 redis.call('SET', LEASE, token, 'PX', ARGV[3])
 redis.call('DEL', RELEASED)
 return {'ok', token}

@@ -1,4 +1,4 @@
--- What every operation shares: this text stands before each of them.
+-- What every operation shares: this text stands before each of them, and before it PUBLISH, the command to notify with.
 -- All keys carry one hash tag, so that they lie in one slot of a cluster. An operation checks everything before its
 -- first write: a script that fails half way would leave its first half behind.
 local STATE, HISTORY, RELATIONS, USED, EPOCHS, LEASE, RELEASED, TICKETS, TOUCHED, SIGHTS, TOLD, INDEX = unpack(KEYS)
@@ -62,7 +62,7 @@ end
 -- bodies, which follow if they are few enough.
 local function notify(state, start, count, previous, nonce, lengths, bodies)
   local header = {state.epoch, text(start), text(count), previous == '' and '-' or previous, nonce, state.proven}
-  redis.call('PUBLISH', HISTORY, table.concat(header, ' ') .. ' ' .. table.concat(lengths, ' ') .. '\n' .. bodies)
+  redis.call(PUBLISH, HISTORY, table.concat(header, ' ') .. ' ' .. table.concat(lengths, ' ') .. '\n' .. bodies)
 end
 
 -- Remember when a ticket was touched: whatever operation it is of, the ticket is ARGV[2].
