@@ -7,10 +7,11 @@ Layer: core. May import: words, policy.base, wire, hub.*.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence, Set
+from itertools import groupby
 from typing import NamedTuple
 
-from realtime_bridge.change import Change, Control, Entry
+from realtime_bridge.change import Change, Control, Entry, transaction_of
 from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.standing import Standing
@@ -39,8 +40,9 @@ class FanOut:
         standing = self._standing
         async with standing.turn:
             breath = Breath()
-            for run in _runs(prepared):
-                if isinstance(run, _Reload):
+            standing.reached = prepared[-1].entry.number
+            for run in runs(prepared):
+                if isinstance(run, Reload):
                     await self.reload(*run)
                     continue
                 audiences = await standing.policy.audience([item.entry for item in run])
@@ -57,18 +59,31 @@ class FanOut:
 
         Every connection is joined anew: policies may tell apart now what they could not before.
         """
-        standing, breath = self._standing, Breath()
-        changed = await standing.policy.reload(table)
-        standing.reloads += 1
-        if not changed:
-            return
-        for connection in tuple(standing.connections):
+        changed = await self._standing.policy.reload(table)
+        self._standing.reloads += 1
+        if changed:
+            async for before, member in self._join_anew(number):
+                member.sights = before.sights | member.sights  # what it saw until now
+                member.doubts.update(dict.fromkeys(changed, number))
+
+    async def renew(self, number: int) -> None:
+        """Learn anew what everybody sees: the numbers since when they do mean nothing from here on. In `turn` only."""
+        self._standing.policy.part()
+        self._standing.reloads += 1
+        async for _ in self._join_anew(number):
+            pass
+
+    async def _join_anew(self, number: int) -> AsyncIterator[tuple[Member, Member]]:
+        """Give every connection another member, since the policy has forgotten all; yields both, old and new."""
+        breath = Breath()
+        for connection in tuple(self._standing.connections):
+            if connection not in self._standing.connections:
+                continue  # closed meanwhile
             for subscription in connection.subscriptions.values():
                 self._fall_behind(subscription, number - 1)
-            before, connection.member = connection.member, standing.policy.join(connection.claims)
-            standing.policy.leave(before)
-            connection.member.sights = before.sights | connection.member.sights  # what it saw until now
-            connection.member.doubts.update(dict.fromkeys(changed, number))
+            before, connection.member = connection.member, self._standing.policy.join(connection.claims)
+            self._standing.policy.leave(before)
+            yield before, connection.member
             await breath.take()
 
     async def _collect(self, item: Prepared, audience: Audience, pending: Pending, breath: Breath) -> None:
@@ -160,23 +175,26 @@ def _simple(subscription: Subscription) -> bool:
     )
 
 
-class _Reload(NamedTuple):
-    """Policies must be read again before what follows an entry is decided."""
+class Reload(NamedTuple):
+    """Policies must be read again before an entry, and what follows, is decided."""
 
     table: str
     number: int
 
 
-def _runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | _Reload]:
-    """Entries up to each one that must take effect before the next is decided, and that effect."""
+def runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | Reload]:
+    """Entries, and before each transaction that may have changed policies, wherever it says so, that effect."""
     run: list[Prepared] = []
-    for item in prepared:
-        run.append(item)
-        body = item.entry.body
-        if isinstance(body, Control) and body.kind == "catalog":
+    for _, alike in groupby(prepared, lambda item: transaction_of(item.entry)):
+        transaction = list(alike)
+        bodies = (item.entry.body for item in transaction)
+        changed = [body.table for body in bodies if isinstance(body, Control) and body.kind == "catalog"]
+        if changed and run:
             yield run
-            yield _Reload(body.table, item.entry.number)
             run = []
+        for table in changed:
+            yield Reload(table, transaction[0].entry.number)
+        run += transaction
     if run:
         yield run
 

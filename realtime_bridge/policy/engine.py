@@ -12,9 +12,10 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from itertools import groupby
 from typing import Final
 
-from realtime_bridge.change import Change, Entry, Image, Relation
+from realtime_bridge.change import Change, Entry, Image, Relation, transaction_of
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
@@ -147,7 +148,7 @@ class PolicyEngine:
             name for name, known in self._tables.items() if known.digest is None or known.digest != before[name]
         )
         if changed:
-            self._part()
+            self.part()
         return changed
 
     async def outdated(self) -> bool:
@@ -222,6 +223,8 @@ class PolicyEngine:
         key = identity(claims, self.knowledge.claims_kept)
         member = self._members.get(key) or self._members.add(key, claims)
         member.uses += 1
+        if member.uses == 1:
+            member.compared = False  # it may have been served elsewhere, with another token
         if member.uses == 1 and not member.pending:
             self._sort_in(member)
         return member
@@ -232,27 +235,33 @@ class PolicyEngine:
         if member.uses or member not in self._members:
             return
         self._sort_out(member)
-        if member.pending:
+        if member.pending and not member.sights:
             self._members.forget(member)
-        else:
+        else:  # what it saw is remembered, and what has put that in doubt
             self._members.rest(member)
 
     async def load(self, members: Sequence[Member]) -> None:
         """See `Policy.load`."""
-        known = [member for member in members if member in self._members]
+        known = [member for member in members if member in self._members and member.pending]
         for member in await self.knowledge.learn(known):
             member.pending = False
+            member.learned += 1
             if member.uses:
                 self._sort_in(member)
         for member in members:
             if member not in self._members:
                 member.pending = False
+                member.learned += 1
 
     def digest(self, member: Member, table: str) -> str:
         """See `Policy.digest`."""
         if member not in self._members or self.knowledge.is_unlearned(member, table):
             return ""  # it left before anything was learned of it, or nothing could be
         return self._tables[table].digest_for(member)
+
+    def is_followed(self, table: str) -> bool:
+        """See `Policy.is_followed`."""
+        return self.knowledge.is_followed(table)
 
     def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
         """See `Policy.refusal`."""
@@ -261,6 +270,8 @@ class PolicyEngine:
             return f"{table} is not a table of this bridge"
         if claims.role not in self._roles:
             return f"role {claims.role} is not a role of this bridge"
+        if known.doubtful:
+            return None  # nothing is shown now, and it may be allowed: whoever is refused would not come back
         refusal = known.refusals.get(claims.role)
         if refusal is not None:
             return refusal.reason
@@ -286,8 +297,8 @@ class PolicyEngine:
     def _indexes(self) -> list[AudienceIndex]:
         return [index for table in self._tables.values() for index in table.indexes]
 
-    def _part(self) -> None:
-        """Forget every member: each has to be joined anew."""
+    def part(self) -> None:
+        """See `Policy.part`."""
         for member in self._members:
             self._sort_out(member)
             member.pending = True
@@ -296,18 +307,23 @@ class PolicyEngine:
     # -- verdicts
 
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
-        """See `Policy.audience`."""
+        """See `Policy.audience`.
+
+        What a transaction puts in doubt is in doubt for all that it writes: rows that it wrote before are as new.
+        """
         answers: list[Audience] = []
         run: list[Entry] = []
-        for entry in entries:
-            if not self.knowledge.is_touched_by(entry.body):
-                run.append(entry)
+        for _, alike in groupby(entries, transaction_of):
+            transaction = list(alike)
+            touching = [entry for entry in transaction if self.knowledge.is_touched_by(entry.body)]
+            if not touching:
+                run += transaction
                 continue
             answers += map(_own, await self._decide_run(run))
             run = []
-            doubtful = self._put_in_doubt(entry)
-            (audience,) = await self._decide_run([entry])
-            answers.append(_own(replace(audience, doubtful=doubtful)))
+            doubtful = frozenset[Member]().union(*map(self._put_in_doubt, touching))
+            first, *others = await self._decide_run(transaction)
+            answers += map(_own, (replace(first, doubtful=doubtful), *others))
         return answers + await self._decide_run(run)
 
     def _put_in_doubt(self, entry: Entry) -> frozenset[Member]:
@@ -316,12 +332,10 @@ class PolicyEngine:
         for member, tables in self.knowledge.doubts(entry.body).items():
             self._sort_out(member)
             member.pending = True
-            if not member.uses:
-                self._members.forget(member)
-                continue
             self.knowledge.forget(member)
             member.doubts.update(dict.fromkeys(tables, entry.number))
-            doubtful.add(member)
+            if member.uses:
+                doubtful.add(member)
         return frozenset(doubtful)
 
     async def _decide_run(self, run: Sequence[Entry]) -> list[Audience]:
@@ -352,7 +366,12 @@ class PolicyEngine:
             found = [_NOTHING if change is None else self._verdict(change, member) for change in changes]
             if not await self._answer(changes):
                 break
-        return found
+        return [
+            verdict._replace(changed=self.knowledge.changed_by(entry.body, member))
+            if self.knowledge.is_touched_by(entry.body)
+            else verdict
+            for entry, verdict in zip(entries, found, strict=True)
+        ]
 
     def _expire_answers(self, changes: Iterable[Change | None]) -> None:
         for name in {change.relation.name for change in changes if change is not None}:

@@ -4,14 +4,14 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 import pytest
 from starlette.requests import Request
 
-from realtime_bridge.broker.base import Update
+from realtime_bridge.broker.base import Sight, Update
 from realtime_bridge.broker.memory import MemoryBroker, _wait, _wake
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry, Image, Position, Relation
 from realtime_bridge.claims import Claims
@@ -20,7 +20,9 @@ from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import breath
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
+from realtime_bridge.hub.fan_out import Reload, runs
 from realtime_bridge.hub.hub import Hub
+from realtime_bridge.hub.settler import user_of
 from realtime_bridge.hub.standing import NOWHERE
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, form_of
 from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared, Window
@@ -116,6 +118,13 @@ class ForkingBroker(MemoryBroker):
         self._id = self._held[number].entry.id if number in self._held else ""
         self._proven_until = 0.0
         self._appended = _wake(self._appended)
+
+    def lose(self, epoch: str, number: int) -> None:
+        """The same without a word to those who follow, and of no epoch that is known."""
+        self.fork(number)
+        self._epoch = epoch
+        self.forks.clear()
+        self._sights.clear()
 
     def _common(self, epoch: str) -> int | None:
         lowest: int | None = None
@@ -412,7 +421,8 @@ class Walk:
         await self.world.settled()
         for client in self.clients:
             client.tell()
-            assert all(record.position == self.world.hub.position for record in client.records.values())
+            ends = {Position.parse(record.position or "").number for record in client.records.values()}
+            assert ends <= {Position.parse(self.world.hub.position).number}
         for record in self.records:
             record.check(self.history)
 
@@ -605,6 +615,7 @@ async def test_a_start_that_was_located_before_the_history_was_cut_is_a_resync(k
         await world.settled()
         start = await world.hub.locate(None)
         epoch = "fork" if keeps else "other"
+        world.broker.lose(epoch, 4)
         await (world.hub._fork if keeps else world.hub._lost)(epoch, 4)
         connection, reader = world.open()
         assert world.hub.position_at(start) == NOWHERE
@@ -622,6 +633,7 @@ async def test_who_comes_while_a_loss_is_told_is_told_as_well() -> None:
             await world.connect()
         await world.settled()
         async with asyncio.TaskGroup() as tasks:
+            world.broker.lose("other", 4)
             tasks.create_task(world.hub._lost("other", 4))
             await passes(10)
             assert world.hub.position.endswith("-9")
@@ -705,6 +717,24 @@ async def test_a_poll_that_is_not_at_the_end_claims_no_completeness() -> None:
         assert (len(answer["messages"]), answer["complete_until"]) == (8, "1970-01-01T00:16:40.000Z")
 
 
+def test_policies_are_read_again_before_the_transaction_in_which_they_may_have_changed() -> None:
+    def entry(number: int, time: int, body: Body) -> Prepared:
+        return Prepared(Entry(number, str(number), str(number - 1), replace(body, commit_time=time)))
+
+    before, first, catalog, last, after = (
+        entry(1, 10, insert(1)),
+        entry(2, 20, insert(2)),
+        entry(3, 20, Control("catalog", POSTS)),
+        entry(4, 20, insert(4)),
+        entry(5, 30, insert(5)),
+    )
+    assert list(runs([before, first, catalog, last, after])) == [
+        [before],
+        Reload(POSTS, 2),
+        [first, catalog, last, after],
+    ]
+
+
 # -- who comes and goes ------------------------------------------------------------------------------------------------
 
 
@@ -744,6 +774,61 @@ async def test_a_connection_lost_while_its_new_token_waits_leaves_no_member_behi
         await world.settled()
         assert quiet.keys == [1]
         world.hub.close(other)
+
+
+async def test_whoever_begins_is_known_before_it_is_told_where() -> None:
+    async with running() as world:
+        position = world.hub.position_at(await world.hub.locate(None, claims(CAL)))
+        await world.append(insert(1, CAL), insert(2))
+        await world.settled()
+        _, reader = await world.connect(CAL, position)
+        await world.settled()
+        assert (reader.resyncs, reader.keys) == ([], [1, 2])
+
+
+async def test_a_poll_is_told_once_that_its_user_sees_otherwise_though_nothing_follows() -> None:
+    async with running() as world:
+        await world.append(insert(1))
+        await world.settled()
+        position, epoch = world.hub.position, world.broker._epoch
+        elsewhere = Sight(user_of(claims(BOB)), POSTS, "by a token that says more", 1, 1)
+        await world.broker.recall(epoch, [elsewhere])
+        told: list[str] = []
+        for _ in range(3):
+            answer = await poll(world, BOB, position)
+            told += [message["reason"] for message in answer["messages"]]
+            position = answer["position"]
+        assert told == ["visibility_changed"]
+        await world.append(insert(2))
+        await world.settled()
+        assert [m["record"]["id"] for m in (await poll(world, BOB, position))["messages"]] == [2]
+
+
+async def test_newer_claims_come_to_a_member_that_is_known_though_all_were_forgotten_meanwhile() -> None:
+    async with running() as world:
+        connection, reader = await world.connect()
+        await world.settled()
+        async with world.held():
+            changing = asyncio.create_task(world.hub.reauthenticate(connection, claims(ANN, "blue")))
+            await passes(20)
+            await world.hub._fan_out.renew(1)
+        await changing
+        await world.append(insert(1))
+        await world.settled()
+        assert reader.keys == [1]
+
+
+async def test_after_a_loss_nothing_is_compared_with_numbers_from_before_it() -> None:
+    async with running() as world:
+        await world.append(*(insert(n) for n in range(1, 10)))
+        await world.settled()
+        await world.hub.position_for(claims(CAL))
+        connection, reader = await world.connect(CAL)
+        world.broker.lose("other", 4)
+        await world.hub._lost("other", 4)
+        await eventually(lambda: reader.resyncs == ["history_gone"])
+        assert (await poll(world, CAL, world.hub.position))["messages"] == []
+        assert connection.member.sights[POSTS].since == 4
 
 
 async def test_polls_of_no_table_leave_nothing_counted() -> None:
