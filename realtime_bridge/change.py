@@ -179,6 +179,11 @@ class Entry:
     size: int = field(default=0, compare=False)
 
 
+def transaction_of(entry: Entry) -> object:
+    """What entries that follow each other have in common if, and as far as anybody can tell only if, one commit did."""
+    return entry.body.commit_time or entry.id
+
+
 _POSITION: Final = re.compile(r"([a-z0-9]{4,32})-(0|[1-9][0-9]{0,17})")
 
 

@@ -12,9 +12,10 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import groupby
 from typing import Final
 
-from realtime_bridge.change import Change, Entry, Image, Relation
+from realtime_bridge.change import Change, Entry, Image, Relation, transaction_of
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
@@ -296,18 +297,23 @@ class PolicyEngine:
     # -- verdicts
 
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
-        """See `Policy.audience`."""
+        """See `Policy.audience`.
+
+        What a transaction puts in doubt is in doubt for all that it writes: rows that it wrote before are as new.
+        """
         answers: list[Audience] = []
         run: list[Entry] = []
-        for entry in entries:
-            if not self.knowledge.is_touched_by(entry.body):
-                run.append(entry)
+        for _, alike in groupby(entries, transaction_of):
+            transaction = list(alike)
+            touching = [entry for entry in transaction if self.knowledge.is_touched_by(entry.body)]
+            if not touching:
+                run += transaction
                 continue
             answers += map(_own, await self._decide_run(run))
             run = []
-            doubtful = self._put_in_doubt(entry)
-            (audience,) = await self._decide_run([entry])
-            answers.append(_own(audience._replace(doubtful=doubtful)))
+            doubtful = frozenset[Member]().union(*map(self._put_in_doubt, touching))
+            first, *others = await self._decide_run(transaction)
+            answers += map(_own, (first._replace(doubtful=doubtful), *others))
         return answers + await self._decide_run(run)
 
     def _put_in_doubt(self, entry: Entry) -> frozenset[Member]:

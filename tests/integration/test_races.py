@@ -156,6 +156,28 @@ async def test_a_membership_that_ended_in_the_commit_before_shows_nothing(
             assert set(copy.resyncs) == ({"visibility_changed"} if copy.user == BOB else set())
 
 
+async def test_a_membership_that_ends_in_a_commit_shows_nothing_that_is_written_in_it(
+    database: str, namespace: str, redis_url: str
+) -> None:
+    async with replicas(database, namespace, redis_url) as it:
+        copies = await copies_of(it, BOB)
+        for number in range(0, 50, 10):
+            await it.admin.execute(f"insert into members values ('{BOB}', 1)")
+            await it.admin.execute(f"insert into papers values ({number}, 1, 'seen')")
+            await fold(*copies)
+            await it.admin.execute(f"""
+                begin;
+                insert into papers values ({number} + 1, 1, 'unseen');
+                update papers set secret = 'unseen' where id = {number};
+                delete from members where user_id = '{BOB}';
+                commit;
+            """)
+            await fold(*copies)
+        for copy in copies:
+            assert "unseen" not in copy.shown
+            assert set(copy.resyncs) == {"visibility_changed"}
+
+
 async def test_a_membership_that_began_in_the_commit_before_shows_what_follows(
     database: str, namespace: str, redis_url: str
 ) -> None:
