@@ -199,10 +199,11 @@ async def follow(broker: RedisBroker, copy: list[int]) -> None:
         try:
             async with broker.follow() as updates:
                 async for found in updates:
-                    while len(copy) < found.number - len(found.entries):
-                        copy.extend(seen(await broker.read(len(copy))))
+                    begins = found.number - len(found.entries)
+                    while len(copy) < begins:  # and no further: what comes after it is still to be told
+                        copy.extend(seen(await broker.read(len(copy), limit=min(500, begins - len(copy)))))
                     assert found.kind == "entries"
-                    assert len(copy) == found.number - len(found.entries)
+                    assert len(copy) == begins
                     copy.extend(seen(found.entries))
         except BrokerError:
             await asyncio.sleep(0.05)
