@@ -8,9 +8,10 @@ Layer: core. May import: words, policy.base, wire, hub.*.
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from itertools import groupby
 from typing import NamedTuple
 
-from realtime_bridge.change import Change, Control, Entry
+from realtime_bridge.change import Change, Control, Entry, transaction_of
 from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.standing import Standing
@@ -39,8 +40,8 @@ class FanOut:
         standing = self._standing
         async with standing.turn:
             breath = Breath()
-            for run in _runs(prepared):
-                if isinstance(run, _Reload):
+            for run in runs(prepared):
+                if isinstance(run, Reload):
                     await self.reload(*run)
                     continue
                 audiences = await standing.policy.audience([item.entry for item in run])
@@ -160,23 +161,26 @@ def _simple(subscription: Subscription) -> bool:
     )
 
 
-class _Reload(NamedTuple):
-    """Policies must be read again before what follows an entry is decided."""
+class Reload(NamedTuple):
+    """Policies must be read again before an entry, and what follows, is decided."""
 
     table: str
     number: int
 
 
-def _runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | _Reload]:
-    """Entries up to each one that must take effect before the next is decided, and that effect."""
+def runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | Reload]:
+    """Entries, and before each transaction that may have changed policies, wherever it says so, that effect."""
     run: list[Prepared] = []
-    for item in prepared:
-        run.append(item)
-        body = item.entry.body
-        if isinstance(body, Control) and body.kind == "catalog":
+    for _, alike in groupby(prepared, lambda item: transaction_of(item.entry)):
+        transaction = list(alike)
+        bodies = (item.entry.body for item in transaction)
+        changed = [body.table for body in bodies if isinstance(body, Control) and body.kind == "catalog"]
+        if changed and run:
             yield run
-            yield _Reload(body.table, item.entry.number)
             run = []
+        for table in changed:
+            yield Reload(table, transaction[0].entry.number)
+        run += transaction
     if run:
         yield run
 

@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -20,6 +20,7 @@ from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import breath
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
+from realtime_bridge.hub.fan_out import Reload, runs
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.hub.standing import NOWHERE
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, form_of
@@ -703,6 +704,24 @@ async def test_a_poll_that_is_not_at_the_end_claims_no_completeness() -> None:
         world.broker.down = False
         answer = await poll(world, ANN, f"{epoch}-1", wait=5)
         assert (len(answer["messages"]), answer["complete_until"]) == (8, "1970-01-01T00:16:40.000Z")
+
+
+def test_policies_are_read_again_before_the_transaction_in_which_they_may_have_changed() -> None:
+    def entry(number: int, time: int, body: Body) -> Prepared:
+        return Prepared(Entry(number, str(number), str(number - 1), replace(body, commit_time=time)))
+
+    before, first, catalog, last, after = (
+        entry(1, 10, insert(1)),
+        entry(2, 20, insert(2)),
+        entry(3, 20, Control("catalog", POSTS)),
+        entry(4, 20, insert(4)),
+        entry(5, 30, insert(5)),
+    )
+    assert list(runs([before, first, catalog, last, after])) == [
+        [before],
+        Reload(POSTS, 2),
+        [first, catalog, last, after],
+    ]
 
 
 # -- who comes and goes ------------------------------------------------------------------------------------------------
