@@ -184,17 +184,22 @@ def transaction_of(entry: Entry) -> object:
     return entry.body.commit_time or entry.id
 
 
-_POSITION: Final = re.compile(r"([a-z0-9]{4,32})-(0|[1-9][0-9]{0,17})")
+_POSITION: Final = re.compile(r"([a-z0-9]{4,32})-(0|[1-9][0-9]{0,17})(?:-([1-9][0-9]{0,17}))?")
 
 
 class Position(NamedTuple):
-    """A place in the history: everything up to and including `number` lies behind the reader."""
+    """A place in the history: everything up to and including `number` lies behind the reader.
+
+    Attributes:
+        told: if more than that: the number up to which it was told whenever it sees otherwise, and has read again.
+    """
 
     epoch: str
     number: int
+    told: int = 0
 
     def __str__(self) -> str:
-        return f"{self.epoch}-{self.number}"
+        return f"{self.epoch}-{self.number}" + (f"-{self.told}" if self.told > self.number else "")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -204,9 +209,9 @@ class Position(NamedTuple):
             InvalidPositionError: it cannot be one of ours.
         """
         match = _POSITION.fullmatch(text)
-        if match is None:
+        if match is None or (match[3] and int(match[3]) <= int(match[2])):
             raise InvalidPositionError(text)
-        return cls(match[1], int(match[2]))
+        return cls(match[1], int(match[2]), int(match[3] or 0))
 
 
 # -- the form that the broker keeps ----------------------------------------------------------------------------------

@@ -84,7 +84,9 @@ class Sight(NamedTuple):
 
     Attributes:
         user: the same word for the same user and role, whatever the token.
-        digest: of what decides it: equal if the same rows are seen.
+        digest: of what decides it, `policy.token.rest`: equal if the same rows are seen. Two by the same policy that
+            differ in what the token says are of two tokens, and may be in use at the same time; of all others that of
+            which it was told later has taken the other's place.
         number: where the process stands.
         changed: the number since which it is so, if it is news to the broker that it is.
         least: the number before which it may have been otherwise, whatever the broker knows; 0 for none.
@@ -213,12 +215,19 @@ class Broker(Protocol):
         """
         ...
 
-    async def recall(self, sights: Sequence[Sight]) -> list[int]:
+    async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
         """Remember what users see, and tell for each sight since which number nothing else has been in use.
 
         A reader of an older position than the answer may have a copy that shows what it may not see, or lacks what it
         may. A user of whom nothing is known has no copy: then the answer is `Sight.number`. Kept for as long as the
         history, counted from when it was last told of.
+
+        Args:
+            epoch: that of the numbers.
+            sights: as this process has found them.
+
+        Raises:
+            BrokerError: also if that is not today's epoch: follow it first.
         """
         ...
 

@@ -25,7 +25,7 @@ from realtime_bridge.broker.base import (
     Update,
 )
 from realtime_bridge.change import Body, Entry, Position, encode_body
-from realtime_bridge.errors import HistoryGoneError, LeaseLostError
+from realtime_bridge.errors import BrokerError, HistoryGoneError, LeaseLostError
 
 QUIET_SECONDS: Final = 1.0
 READ_ENTRIES: Final = 500
@@ -232,8 +232,10 @@ class MemoryBroker:
             raise HistoryGoneError("what follows the position is trimmed")
         return position.number
 
-    async def recall(self, sights: Sequence[Sight]) -> list[int]:
+    async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
         """See `Broker.recall`."""
+        if epoch != self._epoch:
+            raise BrokerError("the history is another than that in which users were looked at")
         now = self._clock()
         while self._sights:
             key, seen = next(iter(self._sights.items()))
@@ -245,12 +247,15 @@ class MemoryBroker:
     def _recall(self, sight: Sight, now: float) -> int:
         seen = self._sights.pop((sight.user, sight.table), {})
         self._sights[sight.user, sight.table] = seen
+        newest = next((digest for digest in reversed(seen) if not _are_rivals(digest, sight.digest)), sight.digest)
         own = seen.pop(sight.digest, None)
         if sight.before and sight.before != sight.digest and (ended := seen.pop(sight.before, None)):
             seen[sight.before] = _Seen(ended.since, sight.changed - 1, 0)
-        since = own.since if own else sight.changed if seen else sight.number
-        for other in seen.values():
-            since = max(since, (sight.number if now - other.told_at < SIGHT_SECONDS else other.last) + 1)
+        is_known = own is not None and newest == sight.digest
+        since = own.since if own is not None and is_known else sight.changed if seen else sight.number
+        for digest, other in seen.items():
+            is_in_use = _are_rivals(digest, sight.digest) and now - other.told_at < SIGHT_SECONDS
+            since = max(since, (sight.number if is_in_use else other.last) + 1)
         since = max(since, sight.least)
         seen[sight.digest] = _Seen(since, sight.number, now)
         if len(seen) > SIGHTS_OF_A_TABLE:
@@ -293,6 +298,17 @@ class MemoryBroker:
             if number == self._number:  # what is proven of the end is told only there
                 proven_until = self._proven_until
             yield Update(kind, self._epoch, number, tuple(entries), proven_until)
+
+
+def _are_rivals(one: str, other: str) -> bool:
+    """Whether two digests are of two tokens: see `Sight`."""
+    (policy, token), (other_policy, other_token) = _parts(one), _parts(other)
+    return policy == other_policy and token != other_token
+
+
+def _parts(digest: str) -> tuple[str, str]:
+    policy, _, rest = digest.partition(".")
+    return (policy, rest.partition(".")[0]) if rest else ("", digest)
 
 
 async def _wait(event: asyncio.Event, timeout: float) -> None:

@@ -280,12 +280,14 @@ class RedisBroker:
             raise HistoryGoneError("what follows the position is trimmed")
         return number
 
-    async def recall(self, sights: Sequence[Sight]) -> list[int]:
+    async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
         """See `Broker.recall`."""
         words = (
             word for s in sights for word in (f"{s.user} {s.table}", s.digest, s.number, s.changed, s.least, s.before)
         )
-        answer: list[int] = await self._link.script("recall", *self._sight_limits, *words)
+        answer: list[int] | None = await self._link.script("recall", *self._sight_limits, epoch, *words)
+        if answer is None:
+            raise BrokerError("Redis: the history is another than that in which users were looked at")
         return answer
 
     async def read(self, after: int, *, limit: int = 500, max_bytes: int = 1 << 20) -> list[Entry]:

@@ -10,7 +10,7 @@ Layer: core. May import: words, broker.base, policy.base, wire, hub.*.
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Final
 
 from realtime_bridge.broker.base import Broker
@@ -21,7 +21,7 @@ from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown
 from realtime_bridge.hub.window import Prepared, wrap
-from realtime_bridge.policy.base import Member, Verdict
+from realtime_bridge.policy.base import Verdict
 from realtime_bridge.wire import native
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class CatchUp:
     async def _advance(self, subscription: Subscription, most: int) -> int:
         """Decide and write, part by part, until something was written: nothing is decided that is not passed now."""
         standing, member = self._standing, subscription.connection.member
-        began = standing.generation, standing.reloads, member
+        began = self._basis(subscription)
         items = await self._read(subscription)
         for part in _parts(items, self._slice_bytes) or [()]:
             verdicts = await standing.policy.verdicts([item.entry for item in part], member)
@@ -139,11 +139,11 @@ class CatchUp:
         items: Sequence[Prepared],
         verdicts: Sequence[Verdict],
         most: int,
-        began: tuple[int, int, Member],
+        began: tuple[object, ...],
     ) -> int:
         """Write what was read and decided, unless that has been overtaken; returns how many messages were written."""
-        standing, connection = self._standing, subscription.connection
-        if began != (standing.generation, standing.reloads, connection.member):
+        connection = subscription.connection
+        if began != self._basis(subscription):
             return 0
         if not self._settler.is_settled(connection.member) or subscription.state is not State.BEHIND:
             return 0
@@ -151,6 +151,11 @@ class CatchUp:
             subscription.state = State.BLOCKED
             return 0
         return self._write(subscription, items, verdicts, most)
+
+    def _basis(self, subscription: Subscription) -> tuple[object, ...]:
+        """What must not have changed between reading, deciding and writing."""
+        standing, member = self._standing, subscription.connection.member
+        return standing.generation, standing.reloads, member, member.learned
 
     def _excuse(self, subscription: Subscription) -> None:
         """After a fault: what could not be read or encoded is told as a resync; if not even that can be, it ends."""
@@ -178,9 +183,6 @@ class CatchUp:
         self, subscription: Subscription, items: Sequence[Prepared], verdicts: Sequence[Verdict], most: int
     ) -> int:
         out: list[bytes] = []
-        if subscription.fresh:
-            subscription.fresh = False
-            subscription.see()
         if subscription.owed is not None:
             self._pay(subscription, out)
         self._examine(subscription, zip(items, verdicts, strict=True), most, out)
@@ -204,6 +206,8 @@ class CatchUp:
         for item, verdict in decided:
             if not self._tell_of_changes(subscription, item.entry.number, out):
                 return
+            if verdict.changed and not self._tell_of(verdict.changed, subscription, item.entry.number, out):
+                return
             if touches(item.entry, subscription.tables) and not self._show(subscription, item, verdict, out):
                 return
             subscription.number = item.entry.number
@@ -222,7 +226,19 @@ class CatchUp:
             if subscription.outdated(table, until):
                 if not self._resync(subscription, table, "visibility_changed", subscription.number, out):
                     return False
-                subscription.seen[table] = subscription.connection.member.sights[table]
+                subscription.see(table)
+        return True
+
+    def _tell_of(self, changed: Set[str], subscription: Subscription, number: int, out: list[bytes]) -> bool:
+        """Append a resync for each of these tables, unless the reader has read it later than the entry `number`.
+
+        Returns False if the reader must be held where it is.
+        """
+        for table in changed & subscription.tables:
+            if number > max(subscription.covered.get(table, 0), subscription.came_told):
+                if not self._resync(subscription, table, "visibility_changed", subscription.number, out):
+                    return False
+                subscription.see(table)
         return True
 
     def _show(self, subscription: Subscription, item: Prepared, verdict: Verdict, out: list[bytes]) -> bool:

@@ -7,7 +7,7 @@ Layer: core. May import: words, policy.base, wire, hub.*.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence, Set
 from itertools import groupby
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ class FanOut:
         standing = self._standing
         async with standing.turn:
             breath = Breath()
+            standing.reached = prepared[-1].entry.number
             for run in runs(prepared):
                 if isinstance(run, Reload):
                     await self.reload(*run)
@@ -58,18 +59,31 @@ class FanOut:
 
         Every connection is joined anew: policies may tell apart now what they could not before.
         """
-        standing, breath = self._standing, Breath()
-        changed = await standing.policy.reload(table)
-        standing.reloads += 1
-        if not changed:
-            return
-        for connection in tuple(standing.connections):
+        changed = await self._standing.policy.reload(table)
+        self._standing.reloads += 1
+        if changed:
+            async for before, member in self._join_anew(number):
+                member.sights = before.sights | member.sights  # what it saw until now
+                member.doubts.update(dict.fromkeys(changed, number))
+
+    async def renew(self, number: int) -> None:
+        """Learn anew what everybody sees: the numbers since when they do mean nothing from here on. In `turn` only."""
+        self._standing.policy.part()
+        self._standing.reloads += 1
+        async for _ in self._join_anew(number):
+            pass
+
+    async def _join_anew(self, number: int) -> AsyncIterator[tuple[Member, Member]]:
+        """Give every connection another member, since the policy has forgotten all; yields both, old and new."""
+        breath = Breath()
+        for connection in tuple(self._standing.connections):
+            if connection not in self._standing.connections:
+                continue  # closed meanwhile
             for subscription in connection.subscriptions.values():
                 self._fall_behind(subscription, number - 1)
-            before, connection.member = connection.member, standing.policy.join(connection.claims)
-            standing.policy.leave(before)
-            connection.member.sights = before.sights | connection.member.sights  # what it saw until now
-            connection.member.doubts.update(dict.fromkeys(changed, number))
+            before, connection.member = connection.member, self._standing.policy.join(connection.claims)
+            self._standing.policy.leave(before)
+            yield before, connection.member
             await breath.take()
 
     async def _collect(self, item: Prepared, audience: Audience, pending: Pending, breath: Breath) -> None:

@@ -49,12 +49,14 @@ class Start(NamedTuple):
     Attributes:
         owed: the resync that it is sent before anything else, if any.
         generation: of the numbers when it was asked; later than that `number` may mean another entry.
+        told: as in `Position`.
         fresh: it is the present, as nobody had asked for a position.
     """
 
     number: int
     owed: ResyncReason | None
     generation: int
+    told: int = 0
     fresh: bool = False
 
 
@@ -201,13 +203,15 @@ class Hub:
                 return
             logger.warning("the history was cut back", extra={"epoch": epoch, "entries": standing.number - number})
             standing.generation += 1
-            standing.number = number
+            standing.number = standing.reached = number
             standing.window.cut(number)
             for subscription in self._subscriptions():
                 subscription.number = min(subscription.number, number)
+                subscription.came_told = min(subscription.came_told, number)
                 subscription.covered.clear()
             for connection in self.connections:
                 connection.written = min(connection.written, number)
+            await self._fan_out.renew(number + 1)
         self._catch_up.moved()
 
     async def _lost(self, epoch: str, number: int) -> None:
@@ -218,12 +222,13 @@ class Hub:
             for subscription in self._subscriptions():
                 self._owe(subscription, "history_gone")
                 await breath.take()
-            await self._fan_out.reload("*", number + 1)  # a control may be among what is gone
             standing.generation += 1
-            standing.epoch, standing.number = epoch, number
+            standing.epoch, standing.number, standing.reached = epoch, number, number
             standing.window.reset(number)
             for connection in self.connections:
                 connection.written = 0
+            await self._fan_out.reload("*", number + 1)  # a control may be among what is gone
+            await self._fan_out.renew(number + 1)
             for subscription in self._subscriptions():
                 if subscription.owed is None:  # it has come meanwhile
                     self._owe(subscription, "history_gone")
@@ -273,13 +278,15 @@ class Hub:
     def position_at(self, start: Start) -> str:
         """What `locate` answered, as clients know it."""
         start = self._valid(start)
-        return self._standing.position(start.number) if start.owed is None else NOWHERE
+        return self._standing.position(start.number, start.told) if start.owed is None else NOWHERE
 
     def position_of(self, connection: Connection) -> str:
         """The position up to which every subscription of a connection was sent everything."""
-        if any(subscription.owed is not None for subscription in connection.subscriptions.values()):
+        subscriptions = connection.subscriptions.values()
+        if any(subscription.owed is not None for subscription in subscriptions):
             return NOWHERE
-        return self._standing.position(connection.number(self._standing.number))
+        number = connection.number(self._standing.number)
+        return self._standing.position(number, min((s.told_to() for s in subscriptions), default=0))
 
     def at_end(self, connection: Connection) -> bool:
         """Whether every subscription of a connection is at the end."""
@@ -289,20 +296,25 @@ class Hub:
         """How many subscriptions are not at the end."""
         return sum(len(c.subscriptions) for c in self.connections) - self._standing.directory.count
 
-    async def locate(self, text: str | None) -> Start:
+    async def locate(self, text: str | None, claims: Claims | None = None) -> Start:
         """Where a reader with a position (None: with none) begins, and the resync it is owed, if any.
+
+        Of a user who begins at the present, and so is about to read, it is known by then what is seen: every change of
+        that is told from then on, and none that there was not.
 
         Raises:
             InvalidPositionError: the text cannot be a position.
             BrokerError: it is not in the window, and the broker does not answer.
         """
+        if text is None and claims is not None:
+            await self._look_at(claims)
         generation = self._standing.generation
         if text is None:
             return Start(self._standing.number, None, generation, fresh=True)
         position = Position.parse(text)
         window = self._standing.window
         if position.epoch == self._standing.epoch and window.first - 1 <= position.number <= self._standing.number:
-            return Start(position.number, None, generation)
+            return Start(position.number, None, generation, position.told)
         try:
             return Start(await self._broker.locate(position), None, generation)
         except HistoryGoneError:
@@ -334,10 +346,14 @@ class Hub:
 
         A reader that comes with it is told if the user sees otherwise by then.
         """
+        await self._look_at(claims)
+        return self.position
+
+    async def _look_at(self, claims: Claims) -> None:
+        """Have it known what a user sees, if that can be found out in a while."""
         member = self._policy.join(claims)
         try:
             await self._wait_for(member)
-            return self.position
         finally:
             self._policy.leave(member)
 
@@ -379,17 +395,15 @@ class Hub:
         """
         if (claims.user, claims.role) != (connection.claims.user, connection.claims.role):
             raise ForbiddenError("the new token is of another user or role")
-        member = self._policy.join(claims)
-        try:
-            await self._wait_for(member)
-            async with self._standing.turn:
-                if connection not in self.connections:
-                    return  # lost meanwhile, and its member left
-                connection.claims, connection.warned = claims, False
-                for subscription in connection.subscriptions.values():
-                    self._change_member(subscription, member)
-                connection.member, member = member, connection.member
-        finally:
+        await self._look_at(claims)
+        async with self._standing.turn:
+            if connection not in self.connections:
+                return  # lost meanwhile, and its member left
+            member = self._policy.join(claims)  # the one that was waited for, unless it was forgotten meanwhile
+            connection.claims, connection.warned = claims, False
+            for subscription in connection.subscriptions.values():
+                self._change_member(subscription, member)
+            connection.member, member = member, connection.member
             self._policy.leave(member)
 
     def _change_member(self, subscription: Subscription, member: Member) -> None:
@@ -443,7 +457,7 @@ class Hub:
             raise BadRequestError("id: already subscribed")
         if len(connection.subscriptions) >= MAX_SUBSCRIPTIONS:
             raise TooManyRequestsError(f"at most {MAX_SUBSCRIPTIONS} subscriptions a connection")
-        number, owed, _, fresh = self._valid(start)
+        number, owed, _, told, is_fresh = self._valid(start)
         subscription = Subscription(
             connection,
             id_,
@@ -454,8 +468,10 @@ class Hub:
             columns=columns,
             by_hand=by_hand,
             owed=owed,
-            fresh=fresh,
+            came_told=told,
         )
+        if is_fresh and self._settler.is_settled(connection.member):
+            subscription.see()
         connection.subscriptions[id_] = subscription
         if by_hand is None:
             self._catch_up.resume(subscription)

@@ -39,7 +39,7 @@ class Settler:
 
     def is_settled(self, member: Member) -> bool:
         """Whether its readers may be served now."""
-        return not member.pending and member not in self._waiting
+        return member.compared and not member.pending and member not in self._waiting
 
     def settle(self, member: Member) -> asyncio.Future[None]:
         """Have a member settled; the future is done once it was. It may be in doubt again by then."""
@@ -78,6 +78,7 @@ class Settler:
             await asyncio.sleep(_RETRY_SECONDS)
             return
         for member in known:
+            member.compared = True
             future = self._waiting.pop(member)
             if not future.done():
                 future.set_result(None)
@@ -86,9 +87,14 @@ class Settler:
         """Raises `BrokerError`."""
         policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
         known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
-        found = await self._broker.recall([_sight(*what, number) for what in known])
+        reached = max(number, self._standing.reached)
+        news = {table: reached if policy.is_followed(table) else reached + 1 for table in tables}
+        found = await self._broker.recall(
+            self._standing.epoch, [_sight(*what, number, news[what[1]]) for what in known]
+        )
         for (member, table, digest, doubt), since in zip(known, found, strict=True):
-            member.sights[table] = Seen(digest, since)
+            # What lies further ahead is of a branch of the history that is cut off, or will be met and put in doubt.
+            member.sights[table] = Seen(digest, min(since, max(reached, doubt) + 1))
             if doubt and member.doubts.get(table) == doubt and not member.pending:
                 del member.doubts[table]
                 member.confirmed.add(table)
@@ -99,12 +105,13 @@ def user_of(claims: Claims) -> str:
     return f"{claims.role}:{claims.user}"
 
 
-def _sight(member: Member, table: str, digest: str, doubt: int, number: int) -> Sight:
+def _sight(member: Member, table: str, digest: str, doubt: int, number: int, news: int) -> Sight:
     """What a member sees of a table.
 
     Where an entry has put it in doubt, a change is that entry's. Where that entry changed nothing, what it told may
     have been known here before, read at some time before it came: unless that was read because of an entry, too.
+    Without one, a change has been passed by now (`news`), or is to be told to whoever stands here.
     """
     least = 0 if table in member.confirmed else doubt
     before = member.sights[table].digest if doubt and table in member.sights else ""
-    return Sight(user_of(member.claims), table, digest, number, doubt or number + 1, least, before)
+    return Sight(user_of(member.claims), table, digest, number, doubt or news, least, before)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from realtime_bridge.change import Position
 from realtime_bridge.hub.audience import Directory
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.hub.window import Window
@@ -42,6 +43,7 @@ class Standing:
     Attributes:
         tables: every table that can be subscribed to.
         epoch, number: everything up to here is decided and sent to those at the end.
+        reached: what is known of members may be as of an entry up to here, though not all is sent.
         proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
         proven_most: the most that `proven_until` ever was; a fork may have cut off what was proven.
         proven_at: when it grew last, in the loop's time: a clock that nobody sets.
@@ -55,6 +57,7 @@ class Standing:
     tables: tuple[str, ...] = ()
     epoch: str = ""
     number: int = 0
+    reached: int = 0
     proven_until: float = 0.0
     proven_most: float = 0.0
     proven_at: float = 0.0
@@ -67,9 +70,9 @@ class Standing:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     counters: Counters = field(default_factory=Counters)
 
-    def position(self, number: int) -> str:
-        """A number as clients know it."""
-        return f"{self.epoch}-{number}"
+    def position(self, number: int, told: int = 0) -> str:
+        """A number as clients know it; `told` as in `Position`."""
+        return str(Position(self.epoch, number, told))
 
     def prove(self, until: float, now: float) -> None:
         """Something is proven up to a time, told at `now` in the loop's time."""

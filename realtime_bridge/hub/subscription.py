@@ -55,9 +55,9 @@ class Subscription:
         columns: columns shown beside the key; None for all.
         by_hand: whether its transport advances it (a long poll); called when there is something to read.
         owed: a resync of all its tables that must be sent before anything else; `number` means nothing meanwhile.
+        came_told: as in `Position`, of the one that it came with.
         covered: table → number up to which a resync that was sent stands for everything.
         told: table → time of its newest resync.
-        fresh: it began at the present, so that nothing read before can be out of date.
         seen: table → the newest of `Member.sights` that its reader's copy may rest on.
     """
 
@@ -71,9 +71,9 @@ class Subscription:
     by_hand: Callable[[], None] | None = None
     state: State = State.BEHIND
     owed: ResyncReason | None = None
+    came_told: int = 0
     covered: dict[str, int] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
-    fresh: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
     _bound: tuple[str, BoundFilter | None] = ("", None)
 
@@ -97,9 +97,10 @@ class Subscription:
         """Whether it takes every change of its tables as it is."""
         return self.filter is None and self.events is None
 
-    def see(self) -> None:
-        """The reader's copy rests on what its member sees now."""
-        self.seen.update(self.connection.member.sights)
+    def see(self, *tables: str) -> None:
+        """The reader's copy, of some tables or of all, rests on what its member sees now."""
+        sights = self.connection.member.sights
+        self.seen.update({table: sights[table] for table in tables or sights if table in sights})
 
     def outdated(self, table: str, until: int) -> bool:
         """Whether what its reader has of a table may be other than what its member sees.
@@ -111,8 +112,16 @@ class Subscription:
         if now is None or now == seen:
             return False
         if seen is None:
-            return self.number < now.since
+            return max(self.number, self.came_told) < now.since
         return seen.digest != now.digest or self.number < now.since <= until
+
+    def told_to(self) -> int:
+        """Up to which number its reader was told whenever it sees otherwise; 0 if that is no more than `number`."""
+        sights = self.connection.member.sights
+        known = [table for table in self.tables if table in sights]
+        if any(self.outdated(table, sights[table].since) for table in known):
+            return 0
+        return max((sights[table].since for table in known), default=0)
 
     def shown(self, table: str) -> tuple[str, ...] | None:
         """The columns shown of a table beside its key: those chosen, as far as they may be read; None for all."""

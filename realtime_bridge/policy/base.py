@@ -31,6 +31,8 @@ class Member:
 
     Attributes:
         pending: nothing may be decided for it before `Policy.load`.
+        learned: how often it was loaded: what was decided before the last time may have been so while it was pending.
+        compared: whether what it sees was compared with what the broker remembers, since it came or was loaded.
         doubts: table → number of the newest entry that put in doubt what it sees there, until that was compared.
         confirmed: tables of which what it sees was read because of an entry, not at some time that no entry tells.
         sights: table → what it sees there, as a digest, and the number since which it has been so, as far as anybody
@@ -42,10 +44,12 @@ class Member:
         "__weakref__",
         "claims",
         "columns",
+        "compared",
         "confirmed",
         "doubts",
         "facts",
         "key",
+        "learned",
         "pending",
         "sights",
         "uses",
@@ -57,6 +61,8 @@ class Member:
         self.facts: dict[str, object] = {}
         self.uses = 0
         self.pending = True
+        self.learned = 0
+        self.compared = False
         self.doubts: dict[str, int] = {}
         self.confirmed: set[str] = set()
         self.sights: dict[str, Seen] = {}
@@ -64,10 +70,15 @@ class Member:
 
 
 class Verdict(NamedTuple):
-    """What one member may see of one change. False is a proof that it may not; None is unknown and shows nothing."""
+    """What one member may see of one change. False is a proof that it may not; None is unknown and shows nothing.
+
+    Attributes:
+        changed: tables of which the member may see other rows from this entry on, whatever the digests tell.
+    """
 
     old: bool | None
     new: bool | None
+    changed: frozenset[str] = frozenset()
 
 
 class Audience(NamedTuple):
@@ -114,8 +125,12 @@ class Policy(Protocol):
     def digest(self, member: Member, table: str) -> str:
         """A digest of what decides which rows of a table a loaded member sees: equal if nothing has changed.
 
-        Empty if it is not known now.
+        Empty if it is not known now. Its parts are as in `Sight.digest`.
         """
+        ...
+
+    def is_followed(self, table: str) -> bool:
+        """Whether all that decides who sees what of a table comes through the history, or with the token."""
         ...
 
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
@@ -139,6 +154,10 @@ class Policy(Protocol):
         Returns the tables of which something has changed; every member is pending then, and has to be joined anew,
         since policies may now tell apart what they could not before.
         """
+        ...
+
+    def part(self) -> None:
+        """Forget every member, with all that it saw: each is pending then, and has to be joined anew."""
         ...
 
     def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:

@@ -148,7 +148,7 @@ class PolicyEngine:
             name for name, known in self._tables.items() if known.digest is None or known.digest != before[name]
         )
         if changed:
-            self._part()
+            self.part()
         return changed
 
     async def outdated(self) -> bool:
@@ -223,6 +223,8 @@ class PolicyEngine:
         key = identity(claims, self.knowledge.claims_kept)
         member = self._members.get(key) or self._members.add(key, claims)
         member.uses += 1
+        if member.uses == 1:
+            member.compared = False  # it may have been served elsewhere, with another token
         if member.uses == 1 and not member.pending:
             self._sort_in(member)
         return member
@@ -233,27 +235,33 @@ class PolicyEngine:
         if member.uses or member not in self._members:
             return
         self._sort_out(member)
-        if member.pending:
+        if member.pending and not member.sights:
             self._members.forget(member)
-        else:
+        else:  # what it saw is remembered, and what has put that in doubt
             self._members.rest(member)
 
     async def load(self, members: Sequence[Member]) -> None:
         """See `Policy.load`."""
-        known = [member for member in members if member in self._members]
+        known = [member for member in members if member in self._members and member.pending]
         for member in await self.knowledge.learn(known):
             member.pending = False
+            member.learned += 1
             if member.uses:
                 self._sort_in(member)
         for member in members:
             if member not in self._members:
                 member.pending = False
+                member.learned += 1
 
     def digest(self, member: Member, table: str) -> str:
         """See `Policy.digest`."""
         if member not in self._members or self.knowledge.is_unlearned(member, table):
             return ""  # it left before anything was learned of it, or nothing could be
         return self._tables[table].digest_for(member)
+
+    def is_followed(self, table: str) -> bool:
+        """See `Policy.is_followed`."""
+        return self.knowledge.is_followed(table)
 
     def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
         """See `Policy.refusal`."""
@@ -289,8 +297,8 @@ class PolicyEngine:
     def _indexes(self) -> list[AudienceIndex]:
         return [index for table in self._tables.values() for index in table.indexes]
 
-    def _part(self) -> None:
-        """Forget every member: each has to be joined anew."""
+    def part(self) -> None:
+        """See `Policy.part`."""
         for member in self._members:
             self._sort_out(member)
             member.pending = True
@@ -324,12 +332,10 @@ class PolicyEngine:
         for member, tables in self.knowledge.doubts(entry.body).items():
             self._sort_out(member)
             member.pending = True
-            if not member.uses:
-                self._members.forget(member)
-                continue
             self.knowledge.forget(member)
             member.doubts.update(dict.fromkeys(tables, entry.number))
-            doubtful.add(member)
+            if member.uses:
+                doubtful.add(member)
         return frozenset(doubtful)
 
     async def _decide_run(self, run: Sequence[Entry]) -> list[Audience]:
@@ -359,7 +365,12 @@ class PolicyEngine:
             found = [_NOTHING if change is None else self._verdict(change, member) for change in changes]
             if not (asking and await self._answer(asking)):
                 break
-        return found
+        return [
+            verdict._replace(changed=self.knowledge.changed_by(entry.body, member))
+            if self.knowledge.is_touched_by(entry.body)
+            else verdict
+            for entry, verdict in zip(entries, found, strict=True)
+        ]
 
     def _begin_to_ask(self, changes: Iterable[Change | None]) -> set[Table]:
         """The tables of these changes of whose rows Postgres is asked, without the answers that hold no more by now."""

@@ -24,11 +24,12 @@ from realtime_bridge.policy.doubts import (
     Reference,
     asked_by_table,
     is_concerned,
+    names_of,
     references_of,
     texts_of,
     users_named,
 )
-from realtime_bridge.policy.expression import Asked, Claim, Query
+from realtime_bridge.policy.expression import Asked, Claim, Fact, Query
 from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
 from realtime_bridge.policy.index import AudienceIndex, Question
 from realtime_bridge.policy.keeping import Dependencies, Keeping, References, part_of
@@ -154,6 +155,12 @@ class Knowledge:
             and all(now - self._known_since[table] > NEW_SECONDS for table in depends.tables)
         )
 
+    def is_followed(self, table: str) -> bool:
+        """Whether whatever a table's policies rest on is tracked."""
+        known = self._tables[table]
+        wanted: list[Fact | Asked] = [*known.facts, *known.asked]
+        return all(isinstance(what, Claim) or self._is_tracked(what) for what in wanted)
+
     # -- members
 
     async def learn(self, members: Sequence[Member]) -> list[Member]:
@@ -255,22 +262,42 @@ class Knowledge:
             self._drop_answers(asked)
 
     def _seeing_otherwise(self, asked: Asked, reference: Reference, change: Change) -> Iterable[Member]:
-        """Who may see other rows by a condition now.
+        """Who may see other rows by a condition now."""
+        named = _users_asked_for(reference, change)
+        candidates = self._members if named is None else self._members.named(named)
+        return (member for member in candidates if self._is_asked_for(asked, member))
 
-        A new row that a condition does not find by its user cannot be told to everybody: most parents are made before
-        their children, and by the thousand. Whoever it names is told.
-        """
-        if change.operation == "INSERT" and not reference.keys:
-            candidates = self._members.named(texts_of(change))
-        else:
-            candidates = iter(self._concerned(reference, change))
+    def _is_asked_for(self, asked: Asked, member: Member) -> bool:
+        """Whether what a member sees depends on a condition."""
         decision = self._tables[asked.table].decision
-        roles = set() if decision is None else {r for r, p in decision.predicates.items() if asked in p.asked}
-        return (member for member in candidates if member.claims.role in roles)
+        predicate = None if decision is None else decision.predicates.get(member.claims.role)
+        return predicate is not None and asked in predicate.asked
 
     def _concerned(self, reference: Reference, change: Change) -> Iterable[Member]:
         named = users_named(change, reference.keys) if reference.keys else None
         return self._members if named is None else self._members.named(named)
+
+    def changed_by(self, body: Body, member: Member) -> frozenset[str]:
+        """Tables of which a member may see other rows from an entry on, whenever it was that its facts were read.
+
+        Not those where only the facts themselves can tell, since a change there may concern anybody.
+        """
+        if isinstance(body, Control):
+            return self._all_changed_by(self.references if body.table == "*" else (body.table,))
+        table, names = body.relation.name, names_of(member.claims.values)
+        found: set[str] = set()
+        for reference in self._references.get(table, ()):
+            if reference.keys and is_concerned(reference, body):
+                found |= reference.tables if _is_among(names, users_named(body, reference.keys)) else frozenset()
+        for asked, reference in self._asked_by_table.get(table, ()):
+            if self._is_asked_for(asked, member) and is_concerned(reference, body):
+                found |= {asked.table} if _is_among(names, _users_asked_for(reference, body)) else set()
+        return frozenset(found)
+
+    def _all_changed_by(self, tables: Iterable[str]) -> frozenset[str]:
+        known = [reference.tables for table in tables for reference in self._references.get(table, ())]
+        asked = {one.table for table in tables for one, _ in self._asked_by_table.get(table, ())}
+        return frozenset(asked).union(*known)
 
     # -- conditions over rows
 
@@ -313,6 +340,21 @@ class Knowledge:
             if self._answers_age[question.asked.name] == ages[question.asked.name] and not _is_late(truth):
                 index.answer(question, truth)
         return True
+
+
+def _users_asked_for(reference: Reference, change: Change) -> frozenset[str] | None:
+    """Those for whom a condition may be answered otherwise by a change; None for anybody.
+
+    A new row that a condition does not find by its user cannot be told to everybody: most parents are made before
+    their children, and by the thousand. Whoever it names is told.
+    """
+    if change.operation == "INSERT" and not reference.keys:
+        return texts_of(change)
+    return users_named(change, reference.keys) if reference.keys else None
+
+
+def _is_among(names: frozenset[str], named: frozenset[str] | None) -> bool:
+    return named is None or bool(names & named)
 
 
 def _is_late(answer: object) -> bool:

@@ -49,13 +49,13 @@ class Members:
         return bool(self._expiring) and next(iter(self._expiring.values())) < self._clock()
 
     def get(self, key: tuple[str, str]) -> Member | None:
-        """A known member, in use from now on; None if there is none, or if what is known of it has expired."""
+        """A known member, in use from now on; None if there is none. It is pending if what is known has expired."""
         member = self._known.get(key)
         if member is not None and member in self._absent:
             del self._absent[member]
-            if self._expiring.get(member, self._clock()) < self._clock():
-                self.forget(member)
-                return None
+            if (ends := self._expiring.get(member)) is not None and ends < self._clock():
+                del self._expiring[member]
+                member.pending = True
         return member
 
     def add(self, key: tuple[str, str], claims: Claims) -> Member:

@@ -12,7 +12,7 @@ from realtime_bridge.change import Relation
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.decision import CANNOT_DECIDE, Decision, Refusal
-from realtime_bridge.policy.expression import Asked, Expression, Fact, UnsupportedExpression, facts_of
+from realtime_bridge.policy.expression import Asked, Claim, Expression, Fact, UnsupportedExpression, facts_of
 from realtime_bridge.policy.facts import digest_of
 from realtime_bridge.policy.index import AudienceIndex
 
@@ -131,9 +131,10 @@ class Table:
             return ""
         role, decision = member.claims.role, self.decision
         decided = (repr(self.rule), None) if decision is None else (decision.digest, decision.columns.get(role))
-        names = {fact.sql for fact in self.facts}
-        known = {name: value for name, value in member.facts.items() if name in names}
-        return digest_of(*decided, self.refusals.get(role), known)
+        known = {fact: member.facts[fact.sql] for fact in self.facts if fact.sql in member.facts}
+        claimed = {fact.sql: value for fact, value in known.items() if isinstance(fact, Claim)}
+        asked = {fact.sql: value for fact, value in known.items() if not isinstance(fact, Claim)}
+        return f"{digest_of(*decided, self.refusals.get(role))}.{digest_of(claimed)}.{digest_of(asked)}"
 
     def _log(self) -> None:
         for refusal in dict.fromkeys(self.refusals.values()):

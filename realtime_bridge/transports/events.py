@@ -122,7 +122,7 @@ class EventsEndpoint:
     async def _stream(self, request: Request, claims: Claims, interest: Interest) -> Response:
         """Begin a stream; `Last-Event-ID` wins over the address, since a browser comes back to the same address."""
         self.hub.admit(claims)
-        start = await self.hub.locate(request.headers.get("last-event-id") or interest.position)
+        start = await self.hub.locate(request.headers.get("last-event-id") or interest.position, claims)
 
         def receiver(sink: Sink) -> EventReceiver:
             sink.write([retry_event(RETRY_MS)])
@@ -131,7 +131,7 @@ class EventsEndpoint:
         return EventStream(receiver, send_buffer_bytes=self.send_buffer_bytes)
 
     async def _poll(self, request: Request, claims: Claims, interest: Interest, wait: float, limit: int) -> Response:
-        start = await self.hub.locate(interest.position)
+        start = await self.hub.locate(interest.position, claims)
         collector, news = Collector(), asyncio.Event()
         connection = self.hub.open(collector, claims, lasting=False)
         try:

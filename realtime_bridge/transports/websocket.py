@@ -62,7 +62,7 @@ class WebSocketEndpoint:
             interest = Interest.parse(websocket.query_params, self.hub.tables)
             claims = await self.credentials.claims_of(websocket)
             self.hub.admit(claims)
-            start = await self.hub.locate(interest.position)
+            start = await self.hub.locate(interest.position, claims)
         except BridgeError as error:
             logger.info("connection refused", extra={"code": error.close_code, "reason": error.detail})
             await refuse_socket(websocket, error.close_code, error.detail, subprotocol=subprotocol)
@@ -143,9 +143,7 @@ class NativeSocket:
         """Forget the connection."""
         self._gone = True
         self._endpoint.hub.strangers.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._known()
         if self._inbox is not None:
             self._inbox.clear()
         if self._connection is not None:
@@ -202,15 +200,21 @@ class NativeSocket:
         claims = await self._endpoint.credentials.verify(token)
         if self._connection is not None:
             await self._endpoint.hub.reauthenticate(self._connection, claims)
-        else:
-            self._open(claims)
+            return
+        self._known()
+        if self._start.fresh:
+            self._start = await self._endpoint.hub.locate(None, claims)
+        self._open(claims)
+
+    def _known(self) -> None:
+        """The client has said who it is: nobody waits for that any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _open(self, claims: Claims) -> None:
         if self._gone:
             return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         self._endpoint.hub.strangers.discard(self)
         assert self._interest is not None, "a connection is opened once"
         interest, self._interest = self._interest, None
@@ -234,7 +238,7 @@ class NativeSocket:
             position = message.get("position")
             if position is not None and not isinstance(position, str):
                 raise BadRequestError("position: a text")
-            start = await hub.locate(position)
+            start = await hub.locate(position, connection.claims)
             if self._connection is None:
                 return  # it was lost meanwhile
             events, shown = parse_events(message.get("events")), _columns(columns)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from realtime_bridge.broker.base import SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Broker, Head, Sight, Update
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Position, Relation, encode_body
-from realtime_bridge.errors import HistoryGoneError, LeaseLostError
+from realtime_bridge.errors import BrokerError, HistoryGoneError, LeaseLostError
 from tests.contract.brokers import (
     LIMITS,
     POSTS,
@@ -406,59 +406,94 @@ def sight(digest: str, number: int = 1, *, changed: int = 0, user: str = "ann", 
     return Sight(user, table, digest, number, changed or number + 1, **more)
 
 
+async def recall(broker: Broker, sights: Sequence[Sight]) -> list[int]:
+    return await broker.recall((await broker.head()).epoch, sights)
+
+
 async def test_what_a_user_sees_holds_since_it_was_first_told_of(brokers: OpenBrokers) -> None:
     async with brokers(2) as (one, other):
-        assert await one.recall([sight("a", 5)]) == [5]
-        assert await other.recall([sight("a", 50)]) == [5]
+        assert await recall(one, [sight("a", 5)]) == [5]
+        assert await recall(other, [sight("a", 50)]) == [5]
 
 
 async def test_what_is_news_holds_since_it_has_changed(brokers: OpenBrokers) -> None:
     async with brokers(2) as (one, other):
-        await one.recall([sight("a", 5)])
-        assert await other.recall([sight("b", 8, changed=7, before="a")]) == [7]
-        assert await one.recall([sight("b", 20)]) == [7]
-        assert await one.recall([sight("c", 20)]) == [21]
+        await recall(one, [sight("a", 5)])
+        assert await recall(other, [sight("b", 8, changed=7, before="a")]) == [7]
+        assert await recall(one, [sight("b", 20)]) == [7]
+        assert await recall(one, [sight("c", 20)]) == [21]
 
 
 async def test_two_sights_in_use_make_each_other_new_all_the_time(brokers: OpenBrokers) -> None:
     async with brokers(2) as (one, other):
-        await one.recall([sight("a", 5)])
-        assert await other.recall([sight("b", 8)]) == [9]
-        assert await one.recall([sight("a", 30)]) == [31]
-        assert await one.recall([sight("b", 40)]) == [41]
+        await recall(one, [sight("a", 5)])
+        assert await recall(other, [sight("b", 8)]) == [9]
+        assert await recall(one, [sight("a", 30)]) == [31]
+        assert await recall(one, [sight("b", 40)]) == [41]
+
+
+async def test_what_follows_upon_another_is_news_once(brokers: OpenBrokers) -> None:
+    """Of one policy and one token: it is what else is known of the user that has changed."""
+    async with brokers(2) as (one, other):
+        assert await recall(one, [sight("p.t.1", 5)]) == [5]
+        assert await recall(other, [sight("p.t.2", 8, changed=8)]) == [8]
+        assert await recall(one, [sight("p.t.2", 20)]) == [8]
+        assert await recall(one, [sight("p.t.1", 30, changed=30)]) == [30]
+        assert await recall(other, [sight("p.t.1", 40)]) == [30]
+
+
+async def test_what_another_policy_shows_is_news_once_whatever_the_token(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await recall(broker, [sight("p.t.1", 5)])
+        assert await recall(broker, [sight("q.u.1", 8, changed=8)]) == [8]
+        assert await recall(broker, [sight("q.u.1", 20)]) == [8]
+
+
+async def test_what_another_token_shows_makes_both_new_all_the_time(brokers: OpenBrokers) -> None:
+    async with brokers(2) as (one, other):
+        await recall(one, [sight("p.t.1", 5)])
+        assert await recall(other, [sight("p.u.1", 8)]) == [9]
+        assert await recall(one, [sight("p.t.1", 30)]) == [31]
+
+
+async def test_numbers_of_another_epoch_are_refused(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        with pytest.raises(BrokerError):
+            await broker.recall("another", [sight("a", 5)])
+        assert await recall(broker, [sight("a", 9)]) == [9]
 
 
 async def test_what_comes_back_holds_since_the_other_ended(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        await broker.recall([sight("a", 5)])
-        await broker.recall([sight("b", 8, changed=7, before="a")])
-        assert await broker.recall([sight("a", 20, changed=19, before="b")]) == [19]
+        await recall(broker, [sight("a", 5)])
+        await recall(broker, [sight("b", 8, changed=7, before="a")])
+        assert await recall(broker, [sight("a", 20, changed=19, before="b")]) == [19]
 
 
 async def test_what_may_have_been_otherwise_holds_at_least_since_then(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        await broker.recall([sight("a", 5)])
-        assert await broker.recall([sight("a", 9, least=9)]) == [9]
-        assert await broker.recall([sight("a", 9, least=7)]) == [9]
+        await recall(broker, [sight("a", 5)])
+        assert await recall(broker, [sight("a", 9, least=9)]) == [9]
+        assert await recall(broker, [sight("a", 9, least=7)]) == [9]
 
 
 async def test_sights_of_users_and_tables_are_told_apart(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        await broker.recall([sight("a", 3), sight("a", 4, user="bob"), sight("a", 5, table="u")])
+        await recall(broker, [sight("a", 3), sight("a", 4, user="bob"), sight("a", 5, table="u")])
         asked = [sight("b", 8, changed=8, before="a"), sight("a", 9, user="bob"), sight("a", 9, table="u")]
-        assert await broker.recall(asked) == [8, 4, 5]
+        assert await recall(broker, asked) == [8, 4, 5]
 
 
 async def test_a_user_has_a_bounded_number_of_sights(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
         for i in range(SIGHTS_OF_A_TABLE + 2):
-            await broker.recall([sight(str(i), changed=i + 1, before=str(i - 1))])
-        assert await broker.recall([sight("0", 50, changed=60)]) == [60]  # forgotten, and so it is news
+            await recall(broker, [sight(str(i), changed=i + 1, before=str(i - 1))])
+        assert await recall(broker, [sight("0", 50, changed=60)]) == [60]  # forgotten, and so it is news
 
 
 async def test_no_sights_are_asked_about_at_no_cost(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        assert await broker.recall([]) == []
+        assert await recall(broker, []) == []
 
 
 class Clocked:
@@ -471,17 +506,17 @@ class Clocked:
 
 async def test_a_sight_that_nobody_tells_of_any_more_ended_where_it_was_last_told_of() -> None:
     world = Clocked()
-    await world.broker.recall([sight("a", 5)])
-    await world.broker.recall([sight("b", 8)])
-    await world.broker.recall([sight("a", 30)])
+    await recall(world.broker, [sight("a", 5)])
+    await recall(world.broker, [sight("b", 8)])
+    await recall(world.broker, [sight("a", 30)])
     world.now += SIGHT_SECONDS
-    assert await world.broker.recall([sight("b", 40)]) == [31]
+    assert await recall(world.broker, [sight("b", 40)]) == [31]
 
 
 async def test_a_user_that_nobody_has_told_of_for_as_long_as_the_history_lasts_is_forgotten() -> None:
     world = Clocked()
-    await world.broker.recall([sight("a", 3), sight("a", 3, user="bob")])
+    await recall(world.broker, [sight("a", 3), sight("a", 3, user="bob")])
     world.now += 3000
-    await world.broker.recall([sight("a", 4, user="bob")])
+    await recall(world.broker, [sight("a", 4, user="bob")])
     world.now += 601
-    assert await world.broker.recall([sight("a", 8), sight("a", 8, user="bob")]) == [8, 3]
+    assert await recall(world.broker, [sight("a", 8), sight("a", 8, user="bob")]) == [8, 3]

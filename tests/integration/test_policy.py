@@ -25,6 +25,7 @@ from realtime_bridge.change import Change, Column, Entry, Image, Relation
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.errors import ConfigurationError, DatabaseError
+from realtime_bridge.policy.base import Verdict
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
 
@@ -527,7 +528,7 @@ async def test_a_relation_that_lacks_a_column_of_the_policy_leaves_everyone_in_d
         (audience,) = await engine.audience([change])
         assert (audience.new, {member.claims.user for member in audience.unknown}) == (set(), {ANN, BOB})
         (verdict,) = await engine.verdicts([change], next(iter(audience.unknown)))
-        assert verdict == (None, None)
+        assert verdict == Verdict(old=None, new=None)
         assert engine.undecided == 1
 
 

@@ -12,7 +12,7 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.clients import bearer, open_socket, receive, receive_data
+from tests.clients import bearer, http, open_socket, receive, receive_data
 from tests.integration.test_races import Copy, copies_of, fold
 from tests.services import eventually, token
 from tests.worlds import World, world
@@ -264,19 +264,20 @@ async def test_tokens_of_one_user_share_no_answer_that_rests_on_other_claims(
             assert [[m["record"]["secret"] for m in messages] for messages in told] == [[], ["one"], ["one", "two"]] * 2
 
 
+@pytest.mark.parametrize("table", ["directly", "by_row"])
 async def test_who_was_away_is_told_when_what_it_sees_has_changed_meanwhile(
-    database: str, namespace: str, redis_url: str
+    database: str, namespace: str, redis_url: str, table: str
 ) -> None:
-    async with replicas(database, namespace, redis_url, "directly") as it:
+    async with replicas(database, namespace, redis_url, table) as it:
         await it.admin.execute(f"insert into members values ('{ADA}', 1), ('{BOB}', 1)")
-        await it.admin.execute("insert into directly values (1, 1, 'seen')")
+        await it.admin.execute(f"insert into {table} values (1, 1, 'seen')")
         positions = {}
         async with httpx.AsyncClient(timeout=20) as http:
             for user in (ADA, BOB):
                 answer = await http.get(f"{it.bridge.url}/events?wait=0", headers=bearer(token(user)))
                 positions[user] = answer.json()["position"]
         await it.admin.execute(f"delete from members where user_id = '{BOB}'")
-        await it.admin.execute("insert into directly values (2, 1, 'unseen')")
+        await it.admin.execute(f"insert into {table} values (2, 1, 'unseen')")
         await it.told(await it.connect(token(ADA), it.bridges[1]))  # the other replica has met both
         first = {}
         for user in (ADA, BOB):
@@ -285,3 +286,80 @@ async def test_who_was_away_is_told_when_what_it_sees_has_changed_meanwhile(
                 first[user] = await receive_data(socket)
         assert (first[ADA]["type"], first[ADA]["record"]["secret"]) == ("INSERT", "unseen")
         assert (first[BOB]["type"], first[BOB].get("reason")) == ("resync", "visibility_changed")
+
+
+class Poller:
+    """One reader that polls, now here and now there.
+
+    Attributes:
+        resyncs: how often it was told to read again.
+    """
+
+    def __init__(self, it: World, user: str) -> None:
+        self._it = it
+        self._user = user
+        self._query = ""
+        self.resyncs = 0
+
+    async def poll(self, limit: int = 500) -> None:
+        """One poll of each bridge."""
+        for bridge in self._it.bridges:
+            async with http(bridge.url, token(self._user)) as client:
+                answer = (await client.get(f"/events?wait=0&limit={limit}{self._query}")).json()
+            self.resyncs += sum(message["type"] == "resync" for message in answer["messages"])
+            self._query = f"&position={answer['position']}"
+
+
+@pytest.mark.parametrize("table", ["directly", "by_row"])
+@pytest.mark.parametrize("limit", [1, 500])
+async def test_a_poll_is_told_once_that_its_user_sees_otherwise(
+    database: str, namespace: str, redis_url: str, table: str, limit: int
+) -> None:
+    async with replicas(database, namespace, redis_url, table) as it:
+        await it.admin.execute(f"insert into members values ('{BOB}', 1)")
+        await it.met()
+        poller = Poller(it, BOB)
+        await poller.poll()
+        await it.admin.execute(f"insert into {table} select n, 1, 'before' from generate_series(1, 5) n")
+        await it.admin.execute(f"delete from members where user_id = '{BOB}'")
+        await it.admin.execute(f"insert into {table} values (10, 1, 'unseen')")
+        await it.met()
+        for _ in range(8):
+            await poller.poll(limit)
+        assert poller.resyncs == 1
+
+
+async def test_a_poll_is_told_once_of_a_policy_that_changed_though_nothing_follows(
+    database: str, namespace: str, redis_url: str
+) -> None:
+    async with replicas(database, namespace, redis_url, "directly") as it:
+        await it.admin.execute(f"insert into members values ('{BOB}', 1)")
+        await it.met()
+        poller = Poller(it, BOB)
+        await poller.poll()
+        await it.admin.execute("alter policy p on directly using (team = 7)")  # which both find out by watching
+
+        async def is_told() -> bool:
+            await poller.poll()
+            return poller.resyncs > 0
+
+        await eventually(is_told)
+        for _ in range(3):
+            await poller.poll()
+        assert poller.resyncs <= len(it.bridges)  # of which each has found it out by itself
+
+
+async def test_who_begins_while_its_facts_cannot_be_read_is_told_what_changes_meanwhile(
+    database: str, namespace: str, redis_url: str
+) -> None:
+    async with replicas(database, namespace, redis_url, "gated") as it:
+        other = await asyncpg.connect(database)
+        try:
+            async with other.transaction():
+                await other.execute("lock table gate in access exclusive mode")
+                socket = await it.connect(token(BOB))  # and reads now
+                await it.admin.execute(f"insert into members values ('{BOB}', 1)")
+        finally:
+            await other.close()
+        message = await receive_data(socket)
+        assert (message["type"], message["table"]) == ("resync", "public.gated")

@@ -68,13 +68,28 @@ def test_an_unknown_relation_is_named() -> None:
         decode_body(data, {})
 
 
-@given(st.from_regex(r"[a-z0-9]{4,32}", fullmatch=True), st.integers(0, 10**18 - 1))
-def test_a_position_comes_back_as_it_was(epoch: str, number: int) -> None:
-    assert Position.parse(str(Position(epoch, number))) == Position(epoch, number)
+@given(st.from_regex(r"[a-z0-9]{4,32}", fullmatch=True), st.integers(0, 10**18 - 2), st.integers(0, 1000))
+def test_a_position_comes_back_as_it_was(epoch: str, number: int, further: int) -> None:
+    position = Position(epoch, number, min(number + further, 10**18 - 1) if further else 0)
+    assert Position.parse(str(position)) == position
 
 
 @pytest.mark.parametrize(
-    "text", ["", "abc", "abcd", "abcd-", "abcd--1", "abcd-01", "ABCD-1", "abcd-1 ", "a-b-1", "abcd-9" * 9]
+    "text",
+    [
+        "",
+        "abc",
+        "abcd",
+        "abcd-",
+        "abcd--1",
+        "abcd-01",
+        "ABCD-1",
+        "abcd-1 ",
+        "a-b-1",
+        "abcd-9" * 9,
+        "abcd-2-2",
+        "abcd-2-03",
+    ],
 )
 def test_what_is_no_position_is_refused(text: str) -> None:
     with pytest.raises(InvalidPositionError):

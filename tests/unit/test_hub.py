@@ -11,7 +11,7 @@ import orjson
 import pytest
 from starlette.requests import Request
 
-from realtime_bridge.broker.base import Update
+from realtime_bridge.broker.base import Sight, Update
 from realtime_bridge.broker.memory import MemoryBroker, _wait, _wake
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry, Image, Position, Relation
 from realtime_bridge.claims import Claims
@@ -22,6 +22,7 @@ from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import Reload, runs
 from realtime_bridge.hub.hub import Hub
+from realtime_bridge.hub.settler import user_of
 from realtime_bridge.hub.standing import NOWHERE
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, form_of
 from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared, Window
@@ -117,6 +118,13 @@ class ForkingBroker(MemoryBroker):
         self._id = self._held[number].entry.id if number in self._held else ""
         self._proven_until = 0.0
         self._appended = _wake(self._appended)
+
+    def lose(self, epoch: str, number: int) -> None:
+        """The same without a word to those who follow, and of no epoch that is known."""
+        self.fork(number)
+        self._epoch = epoch
+        self.forks.clear()
+        self._sights.clear()
 
     def _common(self, epoch: str) -> int | None:
         lowest: int | None = None
@@ -413,7 +421,8 @@ class Walk:
         await self.world.settled()
         for client in self.clients:
             client.tell()
-            assert all(record.position == self.world.hub.position for record in client.records.values())
+            ends = {Position.parse(record.position or "").number for record in client.records.values()}
+            assert ends <= {Position.parse(self.world.hub.position).number}
         for record in self.records:
             record.check(self.history)
 
@@ -606,6 +615,7 @@ async def test_a_start_that_was_located_before_the_history_was_cut_is_a_resync(k
         await world.settled()
         start = await world.hub.locate(None)
         epoch = "fork" if keeps else "other"
+        world.broker.lose(epoch, 4)
         await (world.hub._fork if keeps else world.hub._lost)(epoch, 4)
         connection, reader = world.open()
         assert world.hub.position_at(start) == NOWHERE
@@ -623,6 +633,7 @@ async def test_who_comes_while_a_loss_is_told_is_told_as_well() -> None:
             await world.connect()
         await world.settled()
         async with asyncio.TaskGroup() as tasks:
+            world.broker.lose("other", 4)
             tasks.create_task(world.hub._lost("other", 4))
             await passes(10)
             assert world.hub.position.endswith("-9")
@@ -763,6 +774,62 @@ async def test_a_connection_lost_while_its_new_token_waits_leaves_no_member_behi
         await world.settled()
         assert quiet.keys == [1]
         world.hub.close(other)
+
+
+async def test_whoever_begins_is_known_before_it_is_told_where() -> None:
+    async with running() as world:
+        position = world.hub.position_at(await world.hub.locate(None, claims(CAL)))
+        await world.append(insert(1, CAL), insert(2, CAL))
+        await world.settled()
+        _, reader = await world.connect(CAL, position)
+        await world.settled()
+        assert (reader.resyncs, reader.keys) == ([], [1, 2])
+
+
+async def test_a_poll_is_told_once_that_its_user_sees_otherwise_though_nothing_follows() -> None:
+    async with running() as world:
+        await world.append(insert(1))
+        await world.settled()
+        position, epoch = world.hub.position, world.broker._epoch
+        elsewhere = Sight(user_of(claims(BOB)), POSTS, "by a token that says more", 1, 1)
+        await world.broker.recall(epoch, [elsewhere])
+        told: list[str] = []
+        for _ in range(3):
+            answer = await poll(world, BOB, position)
+            told += [message["reason"] for message in answer["messages"]]
+            position = answer["position"]
+        assert told == ["visibility_changed"]
+        await world.append(insert(2, BOB))
+        await world.settled()
+        assert [m["record"]["id"] for m in (await poll(world, BOB, position))["messages"]] == [2]
+
+
+async def test_newer_claims_come_to_a_member_that_is_known_though_all_were_forgotten_meanwhile() -> None:
+    async with running() as world:
+        connection, reader = await world.connect()
+        await world.settled()
+        async with world.held():
+            changing = asyncio.create_task(world.hub.reauthenticate(connection, claims(ANN, "blue")))
+            await passes(20)
+            await world.hub._fan_out.renew(1)
+        await changing
+        await world.settled()
+        await world.append(insert(1))
+        await world.settled()
+        assert (reader.resyncs, reader.keys) == (["visibility_changed"], [1])
+
+
+async def test_after_a_loss_nothing_is_compared_with_numbers_from_before_it() -> None:
+    async with running() as world:
+        await world.append(*(insert(n) for n in range(1, 10)))
+        await world.settled()
+        await world.hub.position_for(claims(CAL))
+        connection, reader = await world.connect(CAL)
+        world.broker.lose("other", 4)
+        await world.hub._lost("other", 4)
+        await eventually(lambda: reader.resyncs == ["history_gone"])
+        assert (await poll(world, CAL, world.hub.position))["messages"] == []
+        assert connection.member.sights[POSTS].since == 4
 
 
 async def test_polls_of_no_table_leave_nothing_counted() -> None:

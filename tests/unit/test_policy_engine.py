@@ -8,7 +8,7 @@ import pytest
 from realtime_bridge.change import ABSENT, Change, Column, Control, Entry, Image, Operation, Relation, Value
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import ConfigurationError
-from realtime_bridge.policy.base import Audience, Member
+from realtime_bridge.policy.base import Audience, Member, Verdict
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.policy.index import union
 from realtime_bridge.policy.members import Members
@@ -152,7 +152,7 @@ async def test_no_change_but_the_first_of_a_relation_looks_through_all_members(m
     change = entry("INSERT", None, row(owner=BOB))
     (found,) = await policy.audience([change])
     assert found.new == {bob}
-    assert await policy.verdicts([change], ann) == [(False, False)]
+    assert await policy.verdicts([change], ann) == [Verdict(old=False, new=False)]
 
 
 async def test_a_role_that_is_not_served_sees_nothing() -> None:
@@ -181,7 +181,7 @@ async def test_controls_reach_nobody() -> None:
     ann = policy.join(claims(ANN))
     control = Entry(1, "b", "a", Control("resync", "public.posts", "bulk"))
     assert await policy.audience([control]) == [Audience(frozenset(), frozenset())]
-    assert await policy.verdicts([control], ann) == [(False, False)]
+    assert await policy.verdicts([control], ann) == [Verdict(old=False, new=False)]
 
 
 async def test_a_table_that_is_not_configured_reaches_nobody() -> None:

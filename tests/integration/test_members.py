@@ -1,0 +1,92 @@
+"""Members as the hub treats them, with what Postgres says of them: loaded, put in doubt, away for a while."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from realtime_bridge.change import Change, Column, Entry, Relation
+from realtime_bridge.claims import Claims
+from realtime_bridge.database import Database
+from realtime_bridge.policy.asking import Asking
+from realtime_bridge.policy.base import Member, Seen
+from realtime_bridge.policy.catalog import Catalog
+from realtime_bridge.policy.engine import PolicyEngine
+
+pytestmark = pytest.mark.integration
+
+BOB = "b0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+CLAIMS = Claims({"role": "authenticated", "sub": BOB}, "authenticated", BOB, None)
+MEMBERS = Relation("public", "members", (Column("user_id", "uuid"), Column("team", "int4")), (0, 1), True)
+PAPERS = Relation("public", "papers", (Column("id", "int4"), Column("team", "int4")), (0,), True)
+SCHEMA = f"""
+    create table members (user_id uuid, team int, primary key (user_id, team));
+    create policy own on members for select using (user_id = auth.uid());
+    create table papers (id int primary key, team int);
+    create policy team on papers for select using (
+      team in (select m.team from members m where m.user_id = auth.uid()));
+    alter table members enable row level security;
+    alter table papers enable row level security;
+    grant select on members, papers to authenticated;
+    insert into members values ('{BOB}', 1);
+"""
+
+
+@asynccontextmanager
+async def engine_of(dsn: str) -> AsyncIterator[tuple[PolicyEngine, Member, "asyncpg.Connection[asyncpg.Record]"]]:
+    """An engine, a member of team 1 that is loaded, and a connection to change that."""
+    admin = await asyncpg.connect(dsn)
+    try:
+        await admin.execute(SCHEMA)
+        async with Database(dsn) as database:
+            asking = Asking(database.transaction, ["authenticated"])
+            tables = ["public.papers"]
+            engine = PolicyEngine(tables, ["authenticated"], {}, Catalog(database.transaction), asking)
+            await engine.prepare()
+            bob = engine.join(CLAIMS)
+            await engine.load([bob])
+            yield engine, bob, admin
+    finally:
+        await admin.close()
+
+
+def paper(number: int, *, time: int = 0) -> Entry:
+    change = Change("INSERT", PAPERS, None, (str(number), "1"), time or number)
+    return Entry(number, str(number), str(number - 1), change)
+
+
+def leaves(number: int, *, time: int = 0) -> Entry:
+    """Bob's membership ends."""
+    return Entry(number, str(number), str(number - 1), Change("DELETE", MEMBERS, (BOB, "1"), None, time or number))
+
+
+async def test_a_member_that_is_loaded_again_before_it_is_in_doubt_leaves_nothing_behind(database: str) -> None:
+    async with engine_of(database) as (engine, bob, admin):
+        assert [audience.new for audience in await engine.audience([paper(1)])] == [{bob}]
+        await admin.execute("delete from members")
+        await engine.load([bob])
+        assert [audience.doubtful for audience in await engine.audience([leaves(2)])] == [{bob}]
+        await engine.load([bob])
+        assert [audience.new for audience in await engine.audience([paper(3)])] == [set()]
+
+
+async def test_what_a_member_that_is_away_saw_is_put_in_doubt_as_well(database: str) -> None:
+    async with engine_of(database) as (engine, bob, _):
+        bob.sights = {"public.papers": Seen("digest", 0)}
+        engine.leave(bob)
+        assert [audience.doubtful for audience in await engine.audience([leaves(2)])] == [set()]
+        assert engine.join(CLAIMS) is bob
+        assert (bob.pending, bob.doubts) == (True, {"public.papers": 2})
+
+
+async def test_a_membership_that_ends_is_in_doubt_for_all_that_its_transaction_writes(database: str) -> None:
+    async with engine_of(database) as (engine, bob, _):
+        first, second = await engine.audience([paper(1, time=7), leaves(2, time=7)])
+        assert (first.new, first.doubtful, second.doubtful) == (set(), {bob}, set())
+
+
+async def test_whoever_reads_on_is_told_from_where_on_it_sees_otherwise(database: str) -> None:
+    async with engine_of(database) as (engine, bob, _):
+        changed = [verdict.changed for verdict in await engine.verdicts([paper(1), leaves(2), paper(3)], bob)]
+        assert changed == [set(), {"public.papers"}, set()]
