@@ -152,7 +152,7 @@ class _End(asyncio.Protocol):
     def pass_on(self) -> None:
         """Give the other end what is due, and come back for the rest."""
         out = self.other._transport
-        if out is None or self._link.proxy.is_deaf:
+        if out is None or out.is_closing() or self._link.proxy.is_deaf:
             return
         while self._waiting and self._waiting[0][0] <= self._loop.time():
             data = self._waiting.popleft()[1]
