@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Many tests wait, so several processes share them: ARGS="-n0 …" runs in one, as does pytest by itself.
 PYTEST := $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test browser check lint types format unit integration fuzz bench build clean
+.PHONY: demo test browser check lint types format unit integration fuzz chaos bench build clean
 
 demo: $(READY)
 	@exec $(BIN)/realtime-bridge dev $(ARGS)
@@ -37,6 +37,10 @@ integration: $(READY)
 # The differential test of the policies with new seeds, for ten minutes: make fuzz ARGS='--minutes 60'.
 fuzz: $(READY)
 	$(BIN)/python -m tests.differential $(ARGS)
+
+# Bridges, engines and links are broken at random for ten minutes, and nothing may be missed: make chaos ARGS='--seed 1'.
+chaos: $(READY)
+	$(BIN)/python -m tests.oracle $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

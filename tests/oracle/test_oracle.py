@@ -1,7 +1,7 @@
-"""The oracle, plain: what clients hold and were told is what Postgres shows them.
+"""The oracle, plain and under faults: what clients hold and were told is what Postgres shows them.
 
 Plain, there is no fault but that clients go away and come back, so no resync has a reason but a truncated table, a
-large transaction, and a change of what is seen.
+large transaction, and a change of what is seen. `make chaos` plays the faults for longer, and says how long what took.
 """
 
 import asyncio
@@ -9,7 +9,9 @@ import random
 
 import pytest
 
+from tests.oracle.chaos import chaos
 from tests.oracle.copies import TRANSPORTS
+from tests.oracle.faults import FAULTS, schedule
 from tests.oracle.stage import Stage, stage
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -30,4 +32,12 @@ async def test_every_copy_is_what_select_shows_and_nothing_is_told_that_may_not_
         while asyncio.get_running_loop().time() < until:
             await asyncio.sleep(2)
             await it.settle()
+        check(it)
+
+
+@pytest.mark.fault
+async def test_the_same_under_a_minute_of_faults() -> None:
+    async with stage(random.randrange(2**32)) as it:
+        async for _ in chaos(it, schedule(it.seed, FAULTS), 60):
+            pass
         check(it)
