@@ -18,6 +18,8 @@ import orjson
 from realtime_bridge.errors import InvalidPositionError
 
 ENTRY_VERSION: Final = 1
+REPAIRED_VERSION: Final = 2
+"""The same form, of a change that was read back. A bridge that knows the first version alone shows it as a `resync`."""
 
 Operation: TypeAlias = Literal["INSERT", "UPDATE", "DELETE"]
 """As in TG_OP. A TRUNCATE is a `Control` with reason `truncated`."""
@@ -113,6 +115,8 @@ class Change:
         new: the row after; None for a DELETE.
         commit_time: microseconds since 1970 in UTC.
         place: the source's own name for where it stood: for people and logs, not for positions.
+        repaired: it was read back from its table after a gap: it stands for all changes of the row until then, and
+            `commit_time` is when it was read.
     """
 
     operation: Operation
@@ -121,6 +125,7 @@ class Change:
     new: Image | None
     commit_time: int
     place: str = ""
+    repaired: bool = False
 
     def images(self) -> tuple[Image | None, Image | None]:
         """The old and the new image, each completed by what the other one proves.
@@ -232,7 +237,7 @@ def encode_body(body: Body) -> bytes:
     """
     if isinstance(body, Change):
         fields = [
-            ENTRY_VERSION,
+            REPAIRED_VERSION if body.repaired else ENTRY_VERSION,
             body.operation,
             body.relation.version,
             _pack(body.old),
@@ -259,9 +264,7 @@ def relation_version(data: bytes) -> str | None:
     Raises:
         ValueError: a later version of the bridge wrote it in a form that this one does not know.
     """
-    fields = orjson.loads(data)
-    if fields[0] != ENTRY_VERSION:
-        raise ValueError(f"entry of format {fields[0]}, this bridge reads {ENTRY_VERSION}")
+    fields = _fields(data)
     return fields[2] if fields[1] in ("INSERT", "UPDATE", "DELETE") else None
 
 
@@ -272,10 +275,15 @@ def decode_body(data: bytes, relations: dict[str, Relation]) -> Body:
         KeyError: the relation is not in `relations` (its argument is the version that is missing).
         ValueError: a later version of the bridge wrote it in a form that this one does not know.
     """
-    fields = orjson.loads(data)
-    if fields[0] != ENTRY_VERSION:
-        raise ValueError(f"entry of format {fields[0]}, this bridge reads {ENTRY_VERSION}")
-    _, word, subject, a, b, commit_time, place = fields
+    version, word, subject, a, b, commit_time, place = _fields(data)
     if word in ("INSERT", "UPDATE", "DELETE"):
-        return Change(word, relations[subject], _unpack(a), _unpack(b), commit_time, place)
+        repaired = version == REPAIRED_VERSION
+        return Change(word, relations[subject], _unpack(a), _unpack(b), commit_time, place, repaired)
     return Control(word, subject, a, commit_time, place)
+
+
+def _fields(data: bytes) -> list[Any]:
+    fields: list[Any] = orjson.loads(data)
+    if fields[0] not in (ENTRY_VERSION, REPAIRED_VERSION):
+        raise ValueError(f"entry of format {fields[0]}, this bridge reads up to {REPAIRED_VERSION}")
+    return fields

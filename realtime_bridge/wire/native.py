@@ -85,6 +85,8 @@ def change_message(
         parts += (b',"old_record":', encode_image(relation, before, only))
     if form is Form.LEAVE:
         parts.append(b',"left":true')
+    if change.repaired:
+        parts.append(b',"repaired":true')
     parts.append(f',"commit_timestamp":"{microtimestamp(change.commit_time)}","position":"{position}"'.encode())
     if ids:
         parts += (b',"subscriptions":', orjson.dumps(list(ids)))

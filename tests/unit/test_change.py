@@ -31,9 +31,12 @@ IMAGE = st.tuples(*[st.one_of(TEXT, st.none(), st.just(ABSENT))] * 3)
     st.one_of(st.none(), IMAGE),
     st.one_of(st.none(), IMAGE),
     st.integers(0, 2**60),
+    st.booleans(),
 )
-def test_a_change_comes_back_as_it_was(operation: str, old: Image | None, new: Image | None, time: int) -> None:
-    change = Change(operation, POSTS, old, new, time, "0/1A")  # type: ignore[arg-type]
+def test_a_change_comes_back_as_it_was(
+    operation: str, old: Image | None, new: Image | None, time: int, repaired: bool
+) -> None:
+    change = Change(operation, POSTS, old, new, time, "0/1A", repaired)  # type: ignore[arg-type]
     data = encode_body(change)
     assert relation_version(data) == POSTS.version
     assert decode_body(data, {POSTS.version: POSTS}) == change
@@ -51,6 +54,13 @@ def test_a_relation_comes_back_as_it_was_and_keeps_its_version() -> None:
     assert again == POSTS
     assert again.version == POSTS.version
     assert Relation("public", "posts", POSTS.columns, (0,), False).version != POSTS.version
+
+
+def test_an_entry_of_the_first_version_is_read_and_written_still() -> None:
+    data = b'[1,"DELETE","%b",["1",false,null],null,5,"x"]' % POSTS.version.encode()
+    change = Change("DELETE", POSTS, ("1", ABSENT, None), None, 5, "x")
+    assert decode_body(data, {POSTS.version: POSTS}) == change
+    assert encode_body(change) == data
 
 
 def test_an_entry_of_a_later_version_is_refused() -> None:

@@ -1113,6 +1113,15 @@ def test_clients_names_and_columns_do_not_fill_the_window() -> None:
     assert len(prepared._messages) <= MESSAGES_KEPT
 
 
+@pytest.mark.parametrize("form", Form)
+def test_a_change_that_was_read_back_says_so_in_every_form(form: Form) -> None:
+    change = Change("UPDATE", relation(POSTS), row(1), row(1, BOB), 0)
+    plain = orjson.loads(change_message(change, form, "abcd-1"))
+    repaired = orjson.loads(change_message(replace(change, repaired=True), form, "abcd-1"))
+    assert "repaired" not in plain
+    assert repaired == {**plain, "repaired": True}
+
+
 def test_a_row_that_may_enter_without_all_of_its_columns_is_not_known() -> None:
     keyed = relation(POSTS, full=False)
     change = Change("UPDATE", keyed, None, ("1", ANN, "red", ABSENT), 0)
