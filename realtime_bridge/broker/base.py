@@ -195,6 +195,10 @@ class Broker(Protocol):
         """The texts of at most 1000 fields of a table in the row index, None for each that is not there."""
         ...
 
+    async def fields(self, table: str, *, most: int) -> list[str] | None:
+        """The fields of a table in the row index, but for the note; None if there are more than `most`."""
+        ...
+
     async def indexed(self) -> Mapping[str, IndexedTable]:
         """The tables of which the row index holds anything."""
         ...

@@ -58,6 +58,9 @@ class _RowIndex:
         texts = self._texts.get(table, {})
         return [texts.get(field) for field in fields]
 
+    def fields(self, table: str) -> list[str]:
+        return [field for field in self._texts.get(table, {}) if field != NOTE]
+
     def indexed(self) -> dict[str, IndexedTable]:
         return {name: table for name, table in self._tables.items() if any(table)}
 
@@ -206,6 +209,11 @@ class MemoryBroker:
     async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
         """See `Broker.rows`."""
         return self._index.rows(table, fields)
+
+    async def fields(self, table: str, *, most: int) -> list[str] | None:
+        """See `Broker.fields`."""
+        fields = self._index.fields(table)
+        return fields if len(fields) <= most else None
 
     async def indexed(self) -> dict[str, IndexedTable]:
         """See `Broker.indexed`."""

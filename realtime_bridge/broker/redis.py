@@ -18,6 +18,7 @@ from typing import Final, NoReturn, Self
 
 from realtime_bridge.broker.base import (
     MOST_SIGHTS,
+    NOTE,
     SIGHT_SECONDS,
     SIGHTS_OF_A_TABLE,
     Durability,
@@ -250,6 +251,11 @@ class RedisBroker:
         """See `Broker.rows`."""
         found: list[bytes | None] = await self._link.script("rows", *fields, tables=[table])
         return found or [None] * len(fields)
+
+    async def fields(self, table: str, *, most: int) -> list[str] | None:
+        """See `Broker.fields`."""
+        found = await self._link.script("fields", most, tables=[table])
+        return None if found is None else [name.decode() for name in found if name != NOTE.encode()]
 
     async def indexed(self) -> dict[str, IndexedTable]:
         """See `Broker.indexed`."""

@@ -27,6 +27,18 @@ async def test_rows_change_with_the_append_and_every_process_reads_them(brokers:
         assert (await other.head()).number == 1
 
 
+async def test_a_tables_fields_are_told_unless_they_are_too_many(brokers: OpenBrokers) -> None:
+    async with brokers() as [broker]:
+        token = await broker.acquire_lease(ttl=60)
+        names = [NOTE, "a", "ü", "z"]
+        await broker.append(token, [], rows=[RowChange(table, name, b"1") for table in (T, U) for name in names])
+        await broker.append(token, [], rows=[RowChange(T, "z"), RowChange(U, "b", b"1")])
+        assert sorted(await broker.fields(T, most=2) or []) == ["a", "ü"]
+        assert await broker.fields(T, most=1) is None
+        assert sorted(await broker.fields(U, most=4) or []) == ["a", "b", "z", "ü"]
+        assert await broker.fields("public.never", most=0) == []
+
+
 async def test_a_page_leaves_alone_what_is_there_already(brokers: OpenBrokers) -> None:
     async with brokers() as [broker]:
         token = await broker.acquire_lease(ttl=60)
