@@ -120,3 +120,7 @@ class TableReader(Protocol):
     def pages(self, relation: Relation) -> AsyncGenerator[Page, None]:
         """Every row that is there from the beginning to the end of the reading, by primary key."""
         ...
+
+    async def rows(self, relation: Relation, keys: Sequence[Sequence[str]]) -> list[Image]:
+        """The rows of these keys (at most 50), whole, in any order; those that are not there are left out."""
+        ...

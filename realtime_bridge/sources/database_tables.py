@@ -11,11 +11,12 @@ bpchar, inet); num_nulls in misc.c, since `IS NULL` holds for a composite value 
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, TypeAlias
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from asyncpg.pool import PoolConnectionProxy
 
-from realtime_bridge.change import Column, Image, Relation
+from realtime_bridge.change import Column, Image, Relation, Value
 from realtime_bridge.errors import ForbiddenError, SourceError
 from realtime_bridge.sources.base import TEXT_BYTES, Page
 from realtime_bridge.sources.postgres_catalog import TYPES
@@ -59,54 +60,85 @@ class DatabaseTables:
         """See `TableReader.pages`."""
         keys: Image = ()
         while True:
-            try:
-                found = await self._page(relation, keys)
-            except ForbiddenError:
-                raise SourceError(
-                    f"the role of DATABASE_URL may not read every row of {relation.name}: it needs SELECT, and "
-                    "BYPASSRLS unless it owns the table"
-                ) from None
+            found = await self._read(relation, partial(_page, is_first=not keys), keys)
             if not found:
                 return
             rows: list[Image] = [tuple(row["texts"]) for row in found]
             yield Page(rows, found[-1]["read_at"] + _MARGIN)
             keys = relation.key_of(rows[-1])
 
-    async def _page(self, relation: Relation, keys: Image) -> Sequence[Any]:
-        """The rows behind a key."""
-        async with self._connect() as connection:
-            await connection.execute(_SEE_ALL_OR_FAIL)
-            known = await connection.fetch(_KNOWN, relation.schema, relation.table)
-            types = {row["name"]: row["type"] for row in known}
-            if not types.keys() >= relation.index.keys():
-                raise SourceError(f"{relation.name} has not all the columns any more that its changes had")
-            return await connection.fetch(_query(relation, types, known[0]["only"], is_first=not keys), *keys)
+    async def rows(self, relation: Relation, keys: Sequence[Sequence[str]]) -> list[Image]:
+        """See `TableReader.rows`."""
+        found = await self._read(relation, partial(_rows, count=len(keys)), [text for key in keys for text in key])
+        return [tuple(row["texts"]) for row in found]
+
+    async def _read(
+        self, relation: Relation, query: Callable[[Relation, "_Table"], str], arguments: Sequence[Value]
+    ) -> Sequence[Any]:
+        try:
+            async with self._connect() as connection:
+                await connection.execute(_SEE_ALL_OR_FAIL)
+                known = await connection.fetch(_KNOWN, relation.schema, relation.table)
+                types = {row["name"]: row["type"] for row in known}
+                if not types.keys() >= relation.index.keys():
+                    raise SourceError(f"{relation.name} has not all the columns any more that its changes had")
+                return await connection.fetch(query(relation, _Table(types, known[0]["only"])), *arguments)
+        except ForbiddenError:
+            raise SourceError(
+                f"the role of DATABASE_URL may not read every row of {relation.name}: it needs SELECT, and "
+                "BYPASSRLS unless it owns the table"
+            ) from None
 
 
-def _query(relation: Relation, types: Mapping[str, str], only: str, *, is_first: bool) -> str:
+class _Table(NamedTuple):
+    """What a query has to say of a table: the type of each column, and `ONLY`, or nothing for a partitioned one."""
+
+    types: Mapping[str, str]
+    only: str
+
+
+def _page(relation: Relation, table: _Table, *, is_first: bool) -> str:
     """The query of a page; its arguments are the texts of the key behind which it begins."""
-    keys = [relation.columns[i].name for i in relation.key]
-    texts = ", ".join(
-        (_TEXT if i in relation.key else _SHORT_TEXT).format(_quoted(column.name))
-        for i, column in enumerate(relation.columns)
-    )
-    behind = ", ".join(f"${i}::text::{types[name]}" for i, name in enumerate(keys, 1))
-    order = ", ".join(map(_quoted, keys))
+    columns = ((_WHOLE_TEXT if i in relation.key else _SHORT_TEXT, c.name) for i, c in enumerate(relation.columns))
+    texts = ", ".join(text.format(quoted(name)) for text, name in columns)
+    order = _key(relation)
+    behind = "" if is_first else f"WHERE ({order}) > ({_arguments(relation, table)})"
     return f"""
         SELECT ARRAY[{texts}] AS texts, (extract(epoch FROM clock_timestamp()) * 1000000)::int8 AS read_at
-        FROM {only} {_quoted(relation.schema)}.{_quoted(relation.table)}
-        {"" if is_first else f"WHERE ({order}) > ({behind})"}
+        FROM {table.only} {quoted(relation.schema)}.{quoted(relation.table)} {behind}
         ORDER BY {order} LIMIT {PAGE_ROWS}
     """  # noqa: S608 - names are quoted, and types as Postgres writes them
 
 
-def _quoted(name: str) -> str:
+def _rows(relation: Relation, table: _Table, *, count: int) -> str:
+    """The query of some rows; its arguments are the texts of their keys."""
+    texts = ", ".join(_WHOLE_TEXT.format(quoted(column.name)) for column in relation.columns)
+    keys = ", ".join(f"({_arguments(relation, table, i * len(relation.key))})" for i in range(count))
+    return f"""
+        SELECT ARRAY[{texts}] AS texts FROM {table.only} {quoted(relation.schema)}.{quoted(relation.table)}
+        WHERE ({_key(relation)}) IN ({keys})
+    """  # noqa: S608 - as above
+
+
+def _key(relation: Relation) -> str:
+    return ", ".join(quoted(relation.columns[i].name) for i in relation.key)
+
+
+def _arguments(relation: Relation, table: _Table, before: int = 0) -> str:
+    """A key's values as arguments of a query, so many of which come `before` it."""
+    types = (table.types[relation.columns[i].name] for i in relation.key)
+    return ", ".join(f"${n}::text::{type_}" for n, type_ in enumerate(types, before + 1))
+
+
+def quoted(name: str) -> str:
+    """A name as SQL writes it."""
     return '"' + name.replace('"', '""') + '"'
 
 
 _SEE_ALL_OR_FAIL: Final = "SELECT set_config('row_security', 'off', true)"
 
 _TEXT: Final = "format('%s', {0})"
+_WHOLE_TEXT: Final = f"CASE WHEN num_nulls({{0}}) = 1 THEN NULL ELSE {_TEXT} END"
 
 # A value that takes much room where it is stored is not fetched to find out that its text is long; and of a long text
 # no more is sent than shows that it is.

@@ -47,8 +47,7 @@ class SupabaseTables:
 
     async def pages(self, relation: Relation) -> AsyncGenerator[Page, None]:
         """See `TableReader.pages`."""
-        headers = httpx.Headers({**self._headers, "Accept-Profile": relation.schema}, encoding="utf-8")
-        async with httpx.AsyncClient(base_url=self._url, headers=headers, timeout=_TIMEOUT) as client:
+        async with self._client(relation) as client:
             behind: Sequence[str] = ()
             limit = FIRST_ROWS
             while True:
@@ -61,23 +60,42 @@ class SupabaseTables:
                 # A page stays near `_ENOUGH_BYTES`, as far as the rows of the last one tell.
                 limit = max(1, min(MOST_ROWS, limit * 2, len(rows) * _ENOUGH_BYTES // size))
 
+    async def rows(self, relation: Relation, keys: Sequence[Sequence[str]]) -> list[Image]:
+        """See `TableReader.rows`. What is asked for is more than the keys, if those have several columns."""
+        names = [relation.columns[i].name for i in relation.key]
+        columns = zip(names, zip(*keys, strict=True), strict=True)
+        query = [(name, f"in.({','.join(map(_item, sorted(set(texts))))})") for name, texts in columns]
+        async with self._client(relation) as client:
+            records, answer = await self._get(client, relation.table, query, prefer="count=exact")
+        if not answer.headers.get("Content-Range", "").endswith(f"/{len(records)}"):
+            raise SourceError(f"PostgREST does not show all rows of {relation.name} that were asked for")
+        if any(record.keys() != relation.index.keys() for record in records):
+            raise SourceError(f"{relation.name} has other columns than its changes had")
+        wanted = set(map(tuple, keys))
+        return [row for row in (_image(relation, record) for record in records) if relation.key_of(row) in wanted]
+
+    def _client(self, relation: Relation) -> httpx.AsyncClient:
+        headers = httpx.Headers({**self._headers, "Accept-Profile": relation.schema}, encoding="utf-8")
+        return httpx.AsyncClient(base_url=self._url, headers=headers, timeout=_TIMEOUT)
+
     async def _behind(
         self, client: httpx.AsyncClient, relation: Relation, behind: Sequence[str], limit: int
     ) -> tuple[list[dict[str, Any]], int]:
         """The next rows in the order of their keys, and the bytes that they came in."""
         for conditions in _ranges([relation.columns[i].name for i in relation.key], behind):
-            records, size = await self._get(client, relation.table, [*conditions, ("limit", str(limit))])
+            records, answer = await self._get(client, relation.table, [*conditions, ("limit", str(limit))])
             if records:
-                return records, size
+                return records, len(answer.content)
         return [], 0
 
     async def _get(
-        self, client: httpx.AsyncClient, table: str, query: Sequence[Condition]
-    ) -> tuple[list[dict[str, Any]], int]:
+        self, client: httpx.AsyncClient, table: str, query: Sequence[Condition], *, prefer: str = ""
+    ) -> tuple[list[dict[str, Any]], httpx.Response]:
         try:
-            answer = await client.get(quote(table, safe=""), params=list(query))
+            headers = {"Prefer": prefer} if prefer else None
+            answer = await client.get(quote(table, safe=""), params=list(query), headers=headers)
             answer.raise_for_status()
-            return json.loads(answer.content), len(answer.content)
+            return json.loads(answer.content), answer
         except httpx.HTTPStatusError as error:
             raise SourceError(f"PostgREST answers {error.response.status_code} for {table}") from None
         except (httpx.HTTPError, ValueError) as error:
@@ -95,6 +113,11 @@ def _ranges(keys: Sequence[str], behind: Sequence[str]) -> Iterator[list[Conditi
     for same in range(len(keys) - 1, -1, -1):
         equal = [(name, f"eq.{text}") for name, text in zip(keys[:same], behind, strict=False)]
         yield [*equal, (keys[same], f"gt.{behind[same]}"), ("order", ",".join(keys[same:]))]
+
+
+def _item(text: str) -> str:
+    """An item of a list as a filter writes it."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _image(relation: Relation, record: Mapping[str, Any]) -> Image:

@@ -7,6 +7,7 @@ import pytest
 
 from realtime_bridge.change import ABSENT, Change, Image, Relation
 from realtime_bridge.database import Database
+from realtime_bridge.dev.supabase import rest
 from realtime_bridge.errors import SourceError
 from realtime_bridge.sources import database_tables, supabase_tables
 from realtime_bridge.sources.base import TEXT_BYTES, TableReader
@@ -165,6 +166,48 @@ async def test_every_row_is_read_once_page_by_page(
         assert len(pages) >= len(pairs) / 7
         assert all(0 < len(page.rows) <= 7 for page in pages)
         assert sorted((row[0], row[1]) for page in pages for row in page.rows) == pairs
+
+
+@pytest.mark.parametrize("through", ["postgres", "pooler", "supabase"])
+async def test_single_rows_are_read_whole_by_their_keys(through: str, database: str) -> None:
+    odd, empty, null = KEYS[0], *KEYS[-2:]
+    pairs = [(key, n) for key in (odd, empty, null) for n in range(2)]
+    long = "x" * 100_000
+    async with connected(database) as db:
+        await db.execute('create table pairs ("Group" text, n int, v text, w int, primary key ("Group", n))')
+        await db.executemany("insert into pairs values ($1, $2, $3, null)", [(*pair, long) for pair in pairs])
+    async with reader_through(through, database) as reader:
+        async with reading(database, None) as describer:
+            relation = await describer.describe("public.pairs")
+        assert relation is not None
+        wanted = [(odd, "0"), (empty, "1"), (null, "1"), (null, "2"), ("nobody", "0")]
+        found = {row[:2]: row[2:] for row in await reader.rows(relation, wanted)}
+        assert found == dict.fromkeys(wanted[:3], (long, None))
+
+
+async def test_rows_that_postgrest_leaves_out_are_not_taken_for_rows_that_are_gone(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest, "MOST_ROWS", 2)  # which is a setting of each project
+    async with connected(database) as db, reader_through("supabase", database) as reader:
+        await db.execute("create table t (a int primary key); insert into t values (1), (2), (3)")
+        async with reading(database, None) as describer:
+            relation = await describer.describe("public.t")
+        assert relation is not None
+        assert await reader.rows(relation, [("1",), ("2",), ("4",)]) == [("1",), ("2",)]
+        with pytest.raises(SourceError, match="does not show all rows"):
+            await reader.rows(relation, [("1",), ("2",), ("3",)])
+
+
+async def test_rows_of_other_columns_are_refused_by_name(database: str) -> None:
+    async with reading(database, None) as describer, reader_through("supabase", database) as reader:
+        relation = await describer.describe("public.posts")
+        assert relation is not None
+        async with connected(database) as db:
+            await db.execute("alter table posts add column mood text")
+            await db.execute("insert into posts (id, user_id, title) values (1, gen_random_uuid(), 'x')")
+        with pytest.raises(SourceError, match=r"public\.posts has other columns"):
+            await reader.rows(relation, [("1",)])
 
 
 @asynccontextmanager

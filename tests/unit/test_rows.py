@@ -53,7 +53,7 @@ class Tables:
     """A reader of tables that stand still unless the test changes them.
 
     Attributes:
-        rows: by table.
+        content: rows by table and key.
         time: when they are read.
         problem: what keeps them from being read.
         readings: how often they were begun to be read.
@@ -63,7 +63,7 @@ class Tables:
 
     def __init__(self, relations: Sequence[Relation] = (POSTS,)) -> None:
         self.relations = {relation.name: relation for relation in relations}
-        self.rows: dict[str, dict[str, Image]] = {relation.name: {} for relation in relations}
+        self.content: dict[str, dict[str, Image]] = {relation.name: {} for relation in relations}
         self.time = 0
         self.problem = ""
         self.readings = 0
@@ -71,7 +71,7 @@ class Tables:
         self.arrivals = asyncio.Semaphore(1000)
 
     def put(self, *rows: Image, table: str = T) -> None:
-        self.rows[table] |= {str(row[0]): row for row in rows}
+        self.content[table] |= {str(row[0]): row for row in rows}
 
     async def describe(self, table: str) -> Relation | None:
         return self.relations.get(table)
@@ -83,13 +83,17 @@ class Tables:
             await self.gate.acquire()
             if self.problem:
                 raise DatabaseError(self.problem)
-            found = sorted(key for key in self.rows[relation.name] if key > after)[:2]
+            found = sorted(key for key in self.content[relation.name] if key > after)[:2]
             if not found:
                 return
-            page = Page([self.rows[relation.name][key] for key in found], self.time)
+            page = Page([self.content[relation.name][key] for key in found], self.time)
             after = found[-1]
             await self.arrivals.acquire()
             yield page
+
+    async def rows(self, relation: Relation, keys: Sequence[Sequence[str]]) -> list[Image]:
+        content = self.content[relation.name]
+        return [content[key] for (key,) in keys if key in content]
 
 
 @dataclass
@@ -362,7 +366,7 @@ async def test_a_page_read_before_a_doubt_is_not_stored_behind_it() -> None:
         term.rows.begun.set()
         await eventually(lambda: tables.readings == 1 and tables.gate.locked())
         await term.append(GAP)  # the first page may be stored already; the second is of the same reading
-        tables.rows[T] = {"3": row(3, "bob")}
+        tables.content[T] = {"3": row(3, "bob")}
         tables.gate.release()
         await eventually(lambda: tables.readings == 2)
         assert await term.olds(delete(1), delete(3)) == [key_only(1), key_only(3)]
@@ -398,7 +402,7 @@ async def test_tables_that_are_configured_no_longer_are_forgotten() -> None:
 
 async def test_a_table_that_only_the_source_can_describe_is_read_from_its_first_change_on() -> None:
     broker, tables = MemoryBroker(**LIMITS), Tables([])
-    tables.rows[T] = {"1": row(1)}
+    tables.content[T] = {"1": row(1)}
     async with leading(tables, broker) as term:
         await term.seeded()
         assert await term.olds(delete(1)) == [key_only(1)]
@@ -446,7 +450,7 @@ def test_a_table_that_is_doubted_often_is_read_seldom(monkeypatch: pytest.Monkey
 
 async def test_a_fault_in_reading_a_table_ends_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     tables = Tables()
-    tables.rows = {}  # so that a page is a KeyError
+    tables.content = {}  # so that a page is a KeyError
     async with leading(tables) as term:
         await term.append(insert(row(1)))
         await eventually(lambda: "row index cannot be seeded" in caplog.text)
@@ -517,7 +521,7 @@ class World:
                 self.log[self.told :] = [(GAP, None)]
                 await self.tell(1)
             case "truncate":
-                self.tables.rows[T].clear()
+                self.tables.content[T].clear()
                 self.tables.time += 1
                 self.log.append((Control("resync", T, "truncated"), None))
             case "take over":
@@ -532,7 +536,7 @@ class World:
     def write(self, changes: Sequence[tuple[int, int]]) -> None:
         """One transaction; what is written depends on its time, so that no two rows are alike."""
         self.tables.time += 1
-        rows, time = self.tables.rows[T], self.tables.time
+        rows, time = self.tables.content[T], self.tables.time
         for ordinal, (key, what) in enumerate(changes):
             before, new = rows.get(str(key)), row(key, f"{time}.{ordinal}", LONG if what == 1 else "b")
             if before is None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from http import HTTPStatus
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -179,7 +179,9 @@ class LocalSupabase:
                 case ["rest", "v1", table]:
                     self._keys.require_service(request.headers)
                     schema = request.headers.get("Accept-Profile", "public")
-                    return _response(200, await select(self._pool, schema, unquote(table), address.query))
+                    counted = "count=exact" in request.headers.get("Prefer", "")
+                    found = await select(self._pool, schema, unquote(table), address.query, counted=counted)
+                    return _response(200, found.rows, {"Content-Range": found.content_range})
             raise NotFoundError("no such route")
         except BridgeError as error:
             return _response(error.status_code, {"error": str(error), "message": str(error), "code": "", "hint": None})
@@ -191,13 +193,14 @@ def _port(server: Server) -> int:
     return port
 
 
-def _response(status: int, body: Payload | bytes) -> Response:
+def _response(status: int, body: Payload | bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:
     content = body if isinstance(body, bytes) else orjson.dumps(body)
     headers = Headers(
         {
             "Content-Type": "application/json",
             "Content-Length": str(len(content)),
             "Connection": "close",
+            **more,
         }
     )
     return Response(status, HTTPStatus(status).phrase, headers, content)

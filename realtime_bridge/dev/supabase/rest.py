@@ -7,7 +7,7 @@ Sources: PostgREST's reference of tables and views; Supabase's projects answer a
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 from urllib.parse import parse_qsl
 
 import asyncpg
@@ -31,8 +31,15 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-async def select(pool: Pool, schema: str, table: str, query: str) -> bytes:
-    """Rows as a JSON array, for an address' `query`.
+class Selected(NamedTuple):
+    """Rows as a JSON array, and which of how many they are, as in the header `Content-Range`."""
+
+    rows: bytes
+    content_range: str
+
+
+async def select(pool: Pool, schema: str, table: str, query: str, *, counted: bool = False) -> Selected:
+    """Rows for an address' `query`; how many there are beyond those shown is only told if they are `counted`.
 
     Raises:
         NotFoundError: no such table.
@@ -45,12 +52,14 @@ async def select(pool: Pool, schema: str, table: str, query: str) -> bytes:
     asked = _Query(types)
     for word, value in parse_qsl(query, keep_blank_values=True):
         asked.take(word, value)
-    sql = f"select coalesce(json_agg(to_jsonb(r)), '[]')::text from ({asked.sql(name)}) r"  # noqa: S608 - names are quoted
+    rows = f"select count(*), coalesce(json_agg(to_jsonb(r)), '[]')::text from ({asked.sql(name)}) r"  # noqa: S608 - names are quoted
     try:
-        text: str = await pool.fetchval(sql, *asked.arguments)
+        [(count, text)] = await pool.fetch(rows, *asked.arguments)
+        total = await pool.fetchval(asked.count(name), *asked.arguments) if counted else "*"
     except (asyncpg.DataError, asyncpg.SyntaxOrAccessError) as error:
         raise BadRequestError(str(error)) from None
-    return text.encode()
+    shown = f"{asked.offset}-{asked.offset + count - 1}" if count else "*"
+    return Selected(text.encode(), f"{shown}/{total}")
 
 
 @dataclass
@@ -62,7 +71,7 @@ class _Query:
     columns: str = "*"
     conditions: list[str] = field(default_factory=list)
     order: str = ""
-    limit: int = MOST_ROWS
+    limit: int = field(default_factory=lambda: MOST_ROWS)
     offset: int = 0
 
     def take(self, word: str, value: str) -> None:
@@ -82,8 +91,15 @@ class _Query:
 
     def sql(self, name: str) -> str:
         """The whole, for the table of this quoted name."""
-        where = f"where {' and '.join(self.conditions)}" if self.conditions else ""
-        return f"select {self.columns} from {name} {where} {self.order} limit {self.limit} offset {self.offset}"  # noqa: S608
+        return f"select {self.columns} from {name} {self._where} {self.order} limit {self.limit} offset {self.offset}"  # noqa: S608
+
+    def count(self, name: str) -> str:
+        """How many rows there are without limit and offset."""
+        return f"select count(*) from {name} {self._where}"  # noqa: S608
+
+    @property
+    def _where(self) -> str:
+        return f"where {' and '.join(self.conditions)}" if self.conditions else ""
 
     def _column(self, name: str) -> str:
         if name not in self.types:
