@@ -31,6 +31,7 @@ from realtime_bridge.metrics import Metrics, Reading
 from realtime_bridge.policy.asking import Asking
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
+from realtime_bridge.repair import RepairLimits
 from realtime_bridge.routes import make_router
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.base import Source, TableReader
@@ -183,6 +184,7 @@ class Bridge:
             broker,
             make_table_reader(settings, database),
             tables=settings.tables,
+            limits=RepairLimits(settings.repair_column, settings.repair_rows),
             namespace=settings.namespace,
             ttl=settings.takeover_seconds * 0.6,
         )
@@ -245,7 +247,9 @@ class Bridge:
         yield "gauge", "following", "1 while the broker is followed.", hub.following
         yield "gauge", "leading", "1 while this process reads the source.", ingest.state.leading
         yield "gauge", "complete_until_seconds", "Nothing committed before this time is missing.", until or 0.0
-        yield "counter", "appended", "Entries appended by this process.", ingest.state.appended
+        repair = ingest.state.repair
+        appended = ingest.state.appended + repair.told + repair.resyncs
+        yield "counter", "appended", "Entries appended by this process.", appended
         yield "counter", "entries", "Entries fanned out.", counters.entries
         yield "counter", "delivered", "Messages handed to sinks.", counters.delivered
         yield "counter", "resyncs", "Resync messages sent.", counters.resyncs
@@ -272,6 +276,9 @@ class Bridge:
         yield "gauge", "row_index_bytes", "Size of the row index.", rows.size
         yield "gauge", "row_index_left_out", "Rows met that found no room in the row index.", rows.left_out
         yield "gauge", "row_index_unread_tables", "Tables not all of whose rows are in the row index yet.", rows.unread
+        yield "counter", "repaired", "Changes that were read back after a gap.", repair.told
+        yield "counter", "repairs_failed", "Resyncs told in place of a repair.", repair.resyncs
+        yield "gauge", "tables_in_doubt", "Tables that are being repaired.", len(repair.deadlines)
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
 

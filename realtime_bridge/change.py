@@ -154,6 +154,8 @@ class Control:
         kind: `resync`: copies of the table may be out of date (clients are told). `catalog`: the table's policies,
             grants or columns may have changed: read them again before what follows is decided.
         table: `schema.table`, or `*`.
+        since: of a `resync` that concerns only readers who may have read the table later than this, in microseconds
+            since 1970; None if it concerns all.
     """
 
     kind: Literal["resync", "catalog"]
@@ -161,6 +163,7 @@ class Control:
     reason: ResyncReason | None = None
     commit_time: int = 0
     place: str = ""
+    since: int | None = None
 
 
 Body: TypeAlias = Change | Control
@@ -251,7 +254,7 @@ def encode_body(body: Body) -> bytes:
             body.kind,
             body.table,
             body.reason,
-            None,
+            body.since,  # which a bridge that does not know it takes for None: it tells all
             body.commit_time,
             body.place,
         ]
@@ -279,7 +282,7 @@ def decode_body(data: bytes, relations: dict[str, Relation]) -> Body:
     if word in ("INSERT", "UPDATE", "DELETE"):
         repaired = version == REPAIRED_VERSION
         return Change(word, relations[subject], _unpack(a), _unpack(b), commit_time, place, repaired)
-    return Control(word, subject, a, commit_time, place)
+    return Control(word, subject, a, commit_time, place, b)
 
 
 def _fields(data: bytes) -> list[Any]:

@@ -1,6 +1,6 @@
 """Source → broker, while this process holds the lease.
 
-Layer: core. May import: words, sources.base, broker.base, rows, seeding.
+Layer: core. May import: words, sources.base, broker.base, rows, seeding, repair.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.errors import BridgeError, BrokerError, ConfigurationError, ForkError, LeaseLostError
+from realtime_bridge.repair import Repairer, RepairLimits, RepairState
 from realtime_bridge.rows import IndexState, RowIndex
 from realtime_bridge.seeding import Seeder
 from realtime_bridge.sources.base import Source, SourceBatch, SourceStream, TableReader
@@ -45,26 +46,37 @@ class IngestState:
     restarts: int = 0
     batch_at: float = field(default=0.0)
     rows: IndexState = field(default_factory=IndexState)
+    repair: RepairState = field(default_factory=RepairState)
 
 
 class Ingest:
     """Copies changes from the source into the broker whenever this process leads.
 
     Args:
-        reader: of the tables, for rows that have not changed yet.
+        reader: of the tables, for rows that have not changed yet, and for changes that may have been missed.
         tables: `schema.table` each.
+        limits: of what is read back.
         ttl: seconds for which the lease holds without being extended.
         namespace: with the fencing token, the name by which a successor recognises this reader.
     """
 
     def __init__(
-        self, source: Source, broker: Broker, reader: TableReader, *, tables: Sequence[str], namespace: str, ttl: float
+        self,
+        source: Source,
+        broker: Broker,
+        reader: TableReader,
+        *,
+        tables: Sequence[str],
+        limits: RepairLimits,
+        namespace: str,
+        ttl: float,
     ) -> None:
         self.state = IngestState()
         self._source = source
         self._broker = broker
         self._reader = reader
         self._tables = tables
+        self._limits = limits
         self._namespace = namespace
         self._ttl = ttl
 
@@ -93,13 +105,15 @@ class Ingest:
         token = await self._broker.acquire_lease(ttl=self._ttl)
         rows = RowIndex(self._broker, self._tables, self.state.rows)
         seeder = Seeder(self._broker, self._reader, rows, self._tables, self.state.rows, token)
+        repairer = Repairer(self._broker, self._reader, rows, self._limits, self.state.repair, token)
         self.state.leading = True
         logger.info("leading", extra={"token": token})
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._broker.keep_lease(token, ttl=self._ttl), name="lease")
-                tasks.create_task(self._copy(token, rows), name="copy")
+                tasks.create_task(self._copy(token, rows, repairer), name="copy")
                 tasks.create_task(seeder.run(), name="seed")
+                tasks.create_task(repairer.run(), name="repair")
         except* BridgeError as group:
             raise _first(group) from group
         finally:
@@ -113,7 +127,7 @@ class Ingest:
         except BrokerError:
             logger.warning("lease not released, it runs out by itself", extra={"token": token})
 
-    async def _copy(self, token: str, rows: RowIndex) -> None:
+    async def _copy(self, token: str, rows: RowIndex, repairer: Repairer) -> None:
         after = await self._broker.watermark()
         owner = f"{self._namespace}/{token}"
         async with self._source.open(after, owner=owner) as stream:
@@ -122,24 +136,35 @@ class Ingest:
                 if not self.state.reading:
                     self.state.reading, self.state.problem = True, ""
                     logger.info("reading the source", extra={"source": self._source.name})
-                await self._append(token, batch, rows)
+                await self._append(token, batch, rows, repairer)
                 rows.begun.set()
                 self.state.batch_at = time.time()
                 trail.note(batch.acknowledge)
 
-    async def _append(self, token: str, batch: SourceBatch, rows: RowIndex) -> None:
+    async def _append(self, token: str, batch: SourceBatch, rows: RowIndex, repairer: Repairer) -> None:
+        """Append a batch, and have repaired what is in doubt behind it; until that is done, nothing is proven."""
         count = len(batch.bodies)
-        if not (count or batch.watermark or batch.proven_until is not None):
+        if not (count or batch.watermark or batch.doubts or batch.proven_until is not None):
             return
-        for start in range(0, count or 1, APPEND_MOST):
-            end = min(start + APPEND_MOST, count)
-            watermark, proven_until = (batch.watermarks[end - 1] if end else ""), None
-            if end == count:
-                watermark, proven_until = batch.watermark or watermark, batch.proven_until
+        end, is_last = 0, False
+        while not is_last:
             async with rows.turn:
-                bodies, changes = await rows.complete(batch.bodies[start:end])
+                run, untold = repairer.sift(batch.bodies[end : end + APPEND_MOST])
+                end += len(run)
+                watermark, proven_until = (batch.watermarks[end - 1] if end else ""), None
+                is_last = end == count
+                if is_last:
+                    watermark = batch.watermark or watermark
+                    proven_until = None if batch.doubts or rows.touched else batch.proven_until
+                bodies, changes = await rows.complete(run)
                 await self._broker.append(token, bodies, watermark=watermark, proven_until=proven_until, rows=changes)
-        self.state.appended += count
+                if untold is not None:
+                    repairer.doubt([untold])
+                    end += 1
+            self.state.appended += len(bodies)
+        repairer.doubt(batch.doubts)
+        if batch.proven_until is not None:
+            repairer.prove(batch.proven_until)
 
     def _report(self, error: BridgeError) -> None:
         self.state.restarts += 1

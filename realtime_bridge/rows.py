@@ -5,6 +5,10 @@ was before. What has not changed for long is read from the tables (`seeding`). A
 that is still on its way: it counts as the old row of changes only that were committed after it was read. What is not
 known stays as the source brought it, and downstream nobody is shown what could not be decided.
 
+Of a table in repair (`repair`) changes may be missing, and the old row that a change brings need not be the one that
+was told last. What was told is in the index: that counts as the old row, and a row that is not there is one that nobody
+was told of.
+
 The rows of a table are laid out as one relation says, which is noted beside them. Another relation, a gap in what the
 source tells: the table begins anew, in the same step, and is read again.
 
@@ -12,6 +16,7 @@ Layer: core. May import: words, pgoutput, broker.base, sources.base.
 """
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,23 +55,28 @@ class IndexState:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is noted of a table: how its rows are laid out, and whether all of them are there that found room."""
+    """What is noted of a table.
+
+    Attributes:
+        relation: how its rows are laid out.
+        whole_at: seconds since 1970: by then all rows had been read, and those that found room are there; 0 before.
+    """
 
     relation: Relation
-    is_whole: bool
+    whole_at: int = 0
 
     @property
     def change(self) -> RowChange:
         """Notes it."""
-        return RowChange(self.relation.name, NOTE, b"%d %d " % (_FORMAT, self.is_whole) + self.relation.encoded)
+        return RowChange(self.relation.name, NOTE, b"%d %d " % (_FORMAT, self.whole_at) + self.relation.encoded)
 
     @classmethod
     def decode(cls, text: bytes | None) -> Self | None:
         """Read what is noted; None if there is nothing, or nothing that this version of the bridge can read."""
         if text is None:
             return None
-        form, is_whole, relation = text.split(b" ", 2)
-        return cls(Relation.decode(relation), is_whole == b"1") if form == b"%d" % _FORMAT else None
+        form, whole_at, relation = text.split(b" ", 2)
+        return cls(Relation.decode(relation), int(whole_at)) if form == b"%d" % _FORMAT else None
 
 
 def is_indexed(relation: Relation) -> bool:
@@ -82,16 +92,17 @@ def field_of(relation: Relation, row: Image) -> str | None:
 
 def encode_row(row: Image, read_at: int = 0) -> bytes:
     """A row's text in the index; `read_at` as in `Page`, 0 for one that a change brought."""
-    return orjson.dumps([read_at, *(False if _is_left_out(value) else value for value in row)])
+    return orjson.dumps([read_at, *(False if is_left_out(value) else value for value in row)])
 
 
-def decode_row(text: bytes, before: int) -> Image | None:
+def decode_row(text: bytes, before: float = math.inf) -> Image | None:
     """The row as it was right before a change of that commit time; None if the change may be in it already."""
     read_at, *row = orjson.loads(text)
     return tuple(ABSENT if value is False else value for value in row) if read_at < before else None
 
 
-def _is_left_out(value: Value) -> bool:
+def is_left_out(value: Value) -> bool:
+    """Whether a value is not kept of a row."""
     return value is ABSENT or (value is not None and len(value.encode()) > TEXT_BYTES)
 
 
@@ -104,11 +115,14 @@ class RowIndex:
         tables: `schema.table` each; what is not among them is left as the source brings it.
 
     Attributes:
+        tables: as given.
         turn: held from reading rows to the append that changes them.
         begun: the source is read, from behind everything that the index shows.
         doubted: something may be missing of a table.
         told: the newest relation of each table of which the source has brought a change in this term.
         generations: how often each table has lost its rows in this term: what was read before must not be stored.
+        touched: table in repair → fields of which changes have told since its newest doubt. Another doubt puts another
+            set there, and so does the loss of the table's rows.
     """
 
     def __init__(self, broker: Broker, tables: Sequence[str], state: IndexState) -> None:
@@ -117,18 +131,21 @@ class RowIndex:
         self.doubted = asyncio.Event()
         self.told: dict[str, Relation] = {}
         self.generations: Counter[str] = Counter()
+        self.touched: dict[str, set[str]] = {}
+        self.tables = tables
         self._broker = broker
-        self._tables = tables
         self._state = state
 
     async def complete(self, bodies: Sequence[Body]) -> tuple[list[Body], list[RowChange]]:
         """The bodies with the old rows that are known, and what their append changes in the index.
 
+        Of a table in repair the end of a row that nobody was told of is left out, and a change of a key is two changes.
+
         Raises:
             BrokerError: the index cannot be read.
         """
         draft = _Draft({table: await self._read(table, fields) for table, fields in self._wanted(bodies).items()})
-        return [self._take(body, draft) for body in bodies], draft.changes
+        return [completed for body in bodies for completed in self._take(body, draft)], draft.changes
 
     def _wanted(self, bodies: Sequence[Body]) -> dict[str, set[str]]:
         wanted: dict[str, set[str]] = {}
@@ -137,9 +154,8 @@ class RowIndex:
                 wanted |= {table: wanted.get(table, {NOTE}) for table in self._concerned(body)}
             elif self._keeps(body.relation):
                 fields = wanted.setdefault(body.relation.name, {NOTE})
-                before = _before(body)
-                if before is not None and (field := field_of(body.relation, before)) is not None:
-                    fields.add(field)
+                rows = (_before(body), body.new if body.relation.name in self.touched else None)
+                fields |= {field for row in rows if row is not None and (field := field_of(body.relation, row))}
         return wanted
 
     async def _read(self, table: str, fields: set[str]) -> Texts:
@@ -147,68 +163,86 @@ class RowIndex:
         return dict(zip(asked, await self._broker.rows(table, asked), strict=True))
 
     def _concerned(self, control: Control) -> Sequence[str]:
-        if control.kind != "resync":
+        if control.kind != "resync" or control.since is not None:
             return ()
-        return self._tables if control.table == "*" else (control.table,)
+        return self.tables if control.table == "*" else (control.table,)
 
     def _keeps(self, relation: Relation) -> bool:
-        return is_indexed(relation) and relation.name in self._tables
+        return is_indexed(relation) and relation.name in self.tables
 
-    def _take(self, body: Body, draft: "_Draft") -> Body:
+    def _take(self, body: Body, draft: "_Draft") -> Sequence[Body]:
         if isinstance(body, Control):
             for table in self._concerned(body):
                 self._doubt(table, draft, is_empty=body.reason == "truncated")
-            return body
+            return [body]
         relation = body.relation
         known = self.told.get(relation.name)
         self.told[relation.name] = relation
         if self._keeps(relation):
             note = draft.note(relation.name)
             if note is None or note.relation.version != relation.version:
-                self._begin_anew(relation.name, draft, Note(relation, is_whole=False))
+                self._begin_anew(relation.name, draft, Note(relation))
             return self._complete(body, draft)
         if known != relation:  # from now on nothing keeps its rows up to date
             self._begin_anew(relation.name, draft, None)
-        return body
+        return [body]
 
     def _doubt(self, table: str, draft: "_Draft", *, is_empty: bool) -> None:
         """Forget the rows of a table; of one that is empty, all are there nevertheless."""
         note = draft.note(table)
         if note is not None:
-            self._begin_anew(table, draft, Note(note.relation, note.is_whole and is_empty))
+            self._begin_anew(table, draft, Note(note.relation, note.whole_at if is_empty else 0))
 
     def _begin_anew(self, table: str, draft: "_Draft", note: Note | None) -> None:
         draft.begin_anew(table, note)
         self.generations[table] += 1
+        if table in self.touched:
+            self.touched[table] = set()
         self.doubted.set()
 
-    def _complete(self, change: Change, draft: "_Draft") -> Change:
-        relation = change.relation
-        before = _before(change)
-        old = None if before is None else self._old(change, before, draft)
-        new = change.new if change.new is None or old is None else filled(change.new, old)
+    def _complete(self, change: Change, draft: "_Draft") -> Sequence[Change]:
+        relation, before, new = change.relation, _before(change), change.new
         leaving, coming = (None if row is None else field_of(relation, row) for row in (before, new))
         if (before is not None and leaving is None) or (new is not None and coming is None):
             # Some row is not any more what it is taken for.
-            self._begin_anew(relation.name, draft, Note(relation, is_whole=False))
-            return change
+            self._begin_anew(relation.name, draft, Note(relation))
+            return [change]
+        if relation.name in self.touched:
+            return self._retold(change, leaving, coming, draft)
+        old = None if before is None or leaving is None else self._old(change, before, leaving, draft)
+        new = new if new is None or old is None else filled(new, old)
         if leaving is not None and leaving != coming:
             draft.put(relation.name, leaving, None)
         if coming is not None and new is not None:
             draft.put(relation.name, coming, encode_row(new))
-        return replace(change, old=old, new=new)
+        return [replace(change, old=old, new=new)]
 
-    def _old(self, change: Change, before: Image, draft: "_Draft") -> Image | None:
+    def _old(self, change: Change, before: Image, leaving: str, draft: "_Draft") -> Image | None:
         """The old row as far as it is known; what the source brought of it, if nothing more is."""
         if ABSENT not in before:
             return before
-        field = field_of(change.relation, before)
-        text = None if field is None else draft.get(change.relation.name, field)
+        text = draft.get(change.relation.name, leaving)
         row = None if text is None else decode_row(text, change.commit_time)
         if row is None:
             self._state.unknown += 1
             return change.old
         return filled(before, row)
+
+    def _retold(self, change: Change, leaving: str | None, coming: str | None, draft: "_Draft") -> list[Change]:
+        """A change of a table in repair, as it looks to those who were told what is in the index."""
+        table = change.relation.name
+        if not change.repaired:
+            self.touched[table] |= {field for field in (leaving, coming) if field is not None}
+        retold: list[Change] = []
+        if leaving is not None and leaving != coming and (text := draft.get(table, leaving)) is not None:
+            draft.put(table, leaving, None)
+            retold.append(replace(change, operation="DELETE", old=decode_row(text), new=None))
+        if coming is not None and change.new is not None:
+            text = draft.get(table, coming)
+            draft.put(table, coming, encode_row(change.new))
+            old = None if text is None else decode_row(text)
+            retold.append(replace(change, operation="INSERT" if old is None else "UPDATE", old=old))
+        return retold
 
 
 def _before(change: Change) -> Image | None:

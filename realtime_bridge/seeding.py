@@ -9,6 +9,7 @@ Layer: core. May import: words, broker.base, sources.base, rows.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
@@ -101,7 +102,7 @@ class Seeder:
     async def _needed(self, table: str) -> Relation | None:
         """How a table is to be read; None if it need not be, or cannot be before its first change."""
         note = await self._note(table)
-        if note is not None and note.is_whole:
+        if note is not None and note.whole_at:
             return None
         relation = self._rows.told.get(table) or await self._reader.describe(table)
         if relation is None and note is not None:
@@ -123,7 +124,7 @@ class Seeder:
                 return None
             note = await self._note(table)
             if note is None or note.relation != relation:
-                await self._append([RowChange(table), Note(relation, is_whole=False).change])
+                await self._append([RowChange(table), Note(relation).change])
             return self._rows.generations[table]
 
     async def _read(self, relation: Relation, pace: "_Pace") -> bool:
@@ -140,7 +141,7 @@ class Seeder:
                 count += len(page.rows)
                 if await self._is_full(relation.name):
                     break  # the rest would be read for nothing
-        if not await self._store(relation, generation, [Note(relation, is_whole=True).change]):
+        if not await self._store(relation, generation, [Note(relation, math.ceil(time.time())).change]):
             return False
         logger.info("row index seeded", extra={"table": relation.name, "rows": count})
         return True

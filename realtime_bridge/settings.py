@@ -15,6 +15,7 @@ from pydantic import (
     AliasChoices,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SecretStr,
@@ -111,7 +112,13 @@ class Settings(BaseSettings):
     row_index_bytes: PositiveInt = Field(
         256 * 2**20, description="Bytes of the row index, which knows old rows that the source does not bring."
     )
-    repair_column: str = Field("updated_at", description="Column by which rows are read back after a gap.")
+    repair_column: str = Field(
+        "updated_at",
+        description="Column that changes with every change of a row; tables that have it are repaired after a gap.",
+    )
+    repair_rows: NonNegativeInt = Field(
+        10_000, description="A table of more rows is not repaired after a gap, but told as one `resync`."
+    )
     canary_table: str | None = Field(None, description="Table whose changes prove the way alive.")
     supabase_deletes: bool = Field(False, description="Send DELETE keys to everyone, as Supabase does.")
     admin_token: SecretStr | None = Field(None, description="Guards `/admin/*` and, outside `dev`, the page.")

@@ -19,7 +19,7 @@ from realtime_bridge.errors import BrokerError, HistoryGoneError
 from realtime_bridge.hub.fan_out import touches
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
-from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown
+from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown
 from realtime_bridge.hub.window import Prepared, wrap
 from realtime_bridge.policy.base import Verdict
 from realtime_bridge.wire import native
@@ -33,7 +33,6 @@ READERS: Final = 4
 _RETRY_SECONDS: Final = 0.5
 _SETTLE_SECONDS: Final = 3.0
 _SPREAD_MS_PER_CONNECTION: Final = 2
-_SPREAD_MS_MOST: Final = 10_000
 
 
 class CatchUp:
@@ -245,7 +244,7 @@ class CatchUp:
         """Append what the reader is shown of one entry; False if it must be held before it."""
         body = item.entry.body
         if not isinstance(body, Change):
-            if _covered(subscription, body.table, item.entry.number):
+            if not subscription.concerns(body) or _covered(subscription, body.table, item.entry.number):
                 return True
             return self._resync(subscription, body.table, body.reason or "upstream_gap", item.entry.number, out)
         table = body.relation.name
@@ -286,7 +285,7 @@ class CatchUp:
         subscription.told[table] = now
         for name in subscription.tables if table == "*" else (table,):
             subscription.covered[name] = self._standing.number
-        spread = min(_SPREAD_MS_MOST, _SPREAD_MS_PER_CONNECTION * len(self._standing.connections))
+        spread = min(int(SPREAD_SECONDS * 1000), _SPREAD_MS_PER_CONNECTION * len(self._standing.connections))
         position = self._standing.position(number)
         message = native.resync(table, reason, position, random.randint(0, spread), subscription.ids)
         out.append(wrap(subscription.connection.sink.encoding, message, position))

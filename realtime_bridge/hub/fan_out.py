@@ -95,7 +95,8 @@ class FanOut:
         if isinstance(body, Control):
             if body.kind == "resync":
                 for subscription in self._standing.directory.all(body.table):
-                    self._fall_behind(subscription, item.entry.number - 1)
+                    if subscription.concerns(body):
+                        self._fall_behind(subscription, item.entry.number - 1)
                     await breath.take()
             return
         for members, old, new in _groups(body, audience):

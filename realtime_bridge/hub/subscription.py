@@ -3,12 +3,13 @@
 Layer: core. May import: words, filters, policy.base, wire, hub.base.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
-from realtime_bridge.change import ABSENT, Change, Image, Relation, ResyncReason
+from realtime_bridge.change import ABSENT, Change, Control, Image, Relation, ResyncReason
 from realtime_bridge.errors import BadRequestError
 from realtime_bridge.filters import BoundFilter, Filter
 from realtime_bridge.policy.base import Seen
@@ -26,6 +27,12 @@ class Unknown(Enum):
 
 UNKNOWN: Final = Unknown.UNKNOWN
 """What a reader sees of a change cannot be decided: it is told to read the table again."""
+
+
+SPREAD_SECONDS: Final = 10.0
+"""A reader may be told to wait so long before it reads a table again."""
+LOAD_SECONDS: Final = 5.0
+"""A reader that begins, or has waited, may take so long to read a table."""
 
 
 class State(Enum):
@@ -58,6 +65,7 @@ class Subscription:
         came_told: as in `Position`, of the one that it came with.
         covered: table → number up to which a resync that was sent stands for everything.
         told: table → time of its newest resync.
+        began: when it did, by the monotonic clock.
         seen: table → the newest of `Member.sights` that its reader's copy may rest on.
     """
 
@@ -74,6 +82,7 @@ class Subscription:
     came_told: int = 0
     covered: dict[str, int] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
     seen: dict[str, Seen] = field(default_factory=dict)
     _bound: tuple[str, BoundFilter | None] = ("", None)
 
@@ -101,6 +110,13 @@ class Subscription:
         """The reader's copy, of some tables or of all, rests on what its member sees now."""
         sights = self.connection.member.sights
         self.seen.update({table: sights[table] for table in tables or sights if table in sights})
+
+    def concerns(self, resync: Control) -> bool:
+        """Whether a resync is for it: one of readers since a time may not be."""
+        if resync.since is None:
+            return True
+        read = max([self.began, *(told + SPREAD_SECONDS for told in self.told.values())]) + LOAD_SECONDS
+        return time.monotonic() - read < time.time() - resync.since / 1_000_000
 
     def outdated(self, table: str, until: int) -> bool:
         """Whether what its reader has of a table may be other than what its member sees.

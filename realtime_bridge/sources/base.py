@@ -29,7 +29,10 @@ class SourceBatch:
         watermark: the same for the whole batch, with which it may have passed more than its bodies; the source never
             acknowledges upstream what lies behind the newest watermark that it was told of.
         acknowledge: opaque; once the batch is safely in the history, `SourceStream.acknowledge` may be called with it.
-        proven_until: seconds since 1970: every commit before that time is in this batch or in an earlier one.
+        proven_until: seconds since 1970: every commit before that time is in this batch or in an earlier one, or is in
+            doubt.
+        doubts: tables of which changes may be missing, in this batch or before. Whoever reads the source repairs them,
+            or tells of them as a `resync`; of what is committed from now on, nothing is missing in later batches.
     """
 
     bodies: tuple[Body, ...] = ()
@@ -37,6 +40,7 @@ class SourceBatch:
     watermark: str = ""
     acknowledge: int | None = None
     proven_until: float | None = None
+    doubts: tuple[str, ...] = ()
 
 
 class SourceStream(Protocol):
@@ -65,7 +69,8 @@ class Source(Protocol):
         """Begin to read.
 
         Where the source cannot prove that it continues right behind `after` (another incarnation, a lost slot, an
-        upstream without memory) its first batch begins with a `Control("resync", "*", "upstream_gap")`.
+        upstream without memory) its first batch begins with a `Control("resync", "*", "upstream_gap")`, or doubts all
+        tables.
 
         Args:
             after: the watermark of the newest entry in the history; None if there is none (then no gap is declared:

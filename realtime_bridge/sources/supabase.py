@@ -1,11 +1,11 @@
 """Changes from Supabase Realtime, through the official client with the service key.
 
 At most once by nature: an event has no number, the slot behind it is temporary, and over the rate limit changes are
-dropped in silence. So everything that may have cost a change is a *doubt*, and every doubt becomes one `resync`, put
-behind all that was received before it: who reads the table again after it cannot be thrown back by an older change.
+dropped in silence. So everything that may have cost a change is a *doubt*, told behind all that was received before
+it: whoever reads the table again after it cannot be thrown back by an older change.
 
 A link that is not healthy ends the stream; whoever reads opens it again, with backoff, and a stream that continues a
-history begins with a resync.
+history begins with a doubt of every table.
 
 What cannot be had this way: digits of a `numeric` beyond those of a double (see `supabase_texts`); the base type of a
 domain; commits that the server's poller silently left out.
@@ -15,12 +15,11 @@ Sources: https://supabase.com/docs/guides/realtime/postgres-changes.
 """
 
 import logging
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from realtime_bridge.change import Body, Control
+from realtime_bridge.change import Body
 from realtime_bridge.sources.base import SourceBatch
 from realtime_bridge.sources.supabase_link import ALL, Link, linked
 from realtime_bridge.sources.supabase_payload import Keys, PayloadReader
@@ -58,7 +57,7 @@ class SupabaseSource:
         """
         async with linked(self._url, self._key, self._tables) as link:
             logger.info("supabase source live", extra={"tables": ",".join(self._tables)})
-            yield SupabaseStream(link, self._reader, self._mark, is_gap=after is not None)
+            yield SupabaseStream(link, self._reader, self._mark, self._tables, is_gap=after is not None)
 
     async def check(self) -> None:
         """Subscribe and leave again; see `Source.check`."""
@@ -73,11 +72,12 @@ class SupabaseStream:
     all that the server had sent by then, not the server's own poller behind it.
     """
 
-    def __init__(self, link: Link, reader: PayloadReader, mark: str, *, is_gap: bool) -> None:
+    def __init__(self, link: Link, reader: PayloadReader, mark: str, tables: tuple[str, ...], *, is_gap: bool) -> None:
         self._link = link
         self._reader = reader
         self._mark = mark
         self._watermark = mark
+        self._tables = tables
         self._is_gap = is_gap
 
     def __aiter__(self) -> AsyncIterator[SourceBatch]:
@@ -88,7 +88,7 @@ class SupabaseStream:
 
     async def _batches(self) -> AsyncIterator[SourceBatch]:
         # Also without a gap, the history must learn that somebody has read: the next to open it continues.
-        yield self._batch([_resync(ALL)] if self._is_gap else [], [self._mark] * self._is_gap, None)
+        yield SourceBatch(watermark=self._watermark, doubts=self._tables if self._is_gap else ())
         while True:
             await self._link.wait(BATCH_SECONDS)
             yield await self._next()
@@ -107,14 +107,5 @@ class SupabaseStream:
             self._watermark = self._mark + data["commit_timestamp"]
             bodies += read
             marks += [self._watermark] * len(read)
-        doubted = [ALL] if ALL in doubts else sorted(doubts)
-        bodies += map(_resync, doubted)
-        marks += [self._watermark] * len(doubted)
-        return self._batch(bodies, marks, proven_until)
-
-    def _batch(self, bodies: list[Body], marks: list[str], proven_until: float | None) -> SourceBatch:
-        return SourceBatch(tuple(bodies), tuple(marks), self._watermark, None, proven_until)
-
-
-def _resync(table: str) -> Control:
-    return Control("resync", table, "upstream_gap", commit_time=time.time_ns() // 1000)
+        doubted = self._tables if ALL in doubts else tuple(sorted(doubts))
+        return SourceBatch(tuple(bodies), tuple(marks), self._watermark, None, proven_until, doubted)

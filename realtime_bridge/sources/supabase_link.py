@@ -43,7 +43,7 @@ ALL: Final = "*"
 OPEN_SECONDS: Final = 15.0
 """A cold server takes up to 8 s to subscribe, and delays refusals by 2 to 5 s on purpose."""
 CLOSE_SECONDS: Final = 2.0
-HEARTBEAT_SECONDS: Final = 4.0
+HEARTBEAT_SECONDS: Final = 2.0
 SILENCE_SECONDS: Final = 8.0
 """A heartbeat unanswered for so long means a link that is dead, whatever it says of itself."""
 POLL_SECONDS: Final = 2.0

@@ -1,26 +1,31 @@
 """Everything that Supabase does wrong, under a steady writer, through a bridge that is never restarted.
 
-One fault is left out: a change that is dropped in silence. A source that only listens cannot notice it; that takes
-reading rows back.
+Before each fault it drops changes in silence, which a source that only listens does not notice; the fault makes it
+look.
 """
 
 import asyncio
 import random
+import sys
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 import asyncpg
 import pytest
 
 from realtime_bridge.dev.supabase import LocalSupabase
+from realtime_bridge.hub.subscription import LOAD_SECONDS
 from tests.bridges import BridgeProcess
 from tests.clients import Copy, Message, http, read_posts
+from tests.integration.test_row_index import metric
+from tests.integration.test_supabase_source import connected, consumed
 from tests.services import SECRET, eventually, token
 
 pytestmark = [
@@ -36,13 +41,15 @@ FLOWS_WITHIN = 30.0
 
 
 class SteadyWriter:
-    """Inserts posts of both users and changes them; each change has a `body` greater than any before it.
+    """Inserts posts of both users, changes and deletes them; each change has a `body` greater than any before it.
 
-    It deletes only when told to: of a secured row, Supabase tells no more than the key of what is deleted.
+    Attributes:
+        may_insert: a row that was made unheard and is changed before anybody notices is a resync to whom it is hidden.
     """
 
     def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         self.version = 0
+        self.may_insert = True
         self._connection = connection
         self._rows: list[int] = []
         self._dice = random.Random(7)
@@ -51,8 +58,11 @@ class SteadyWriter:
     async def run(self) -> None:
         while not self._stop.is_set():
             self.version += 1
-            if len(self._rows) < 12:
+            if len(self._rows) < 12 and self.may_insert:
                 await self._insert(self._dice.choice([ADA, BOB]))
+            elif self._dice.random() < 0.1:
+                row = self._rows.pop(self._dice.randrange(len(self._rows)))
+                await self._connection.execute("delete from posts where id = $1", row)
             else:
                 row, is_public = self._dice.choice(self._rows), self._dice.random() < 0.5
                 sql = "update posts set body = $2, is_public = $3 where id = $1"
@@ -69,13 +79,18 @@ class SteadyWriter:
 
 @dataclass
 class Scene:
-    """A local Supabase, a bridge over it, a writer, and two clients."""
+    """A local Supabase, a bridge over it, a writer, and two clients.
+
+    Attributes:
+        titles: of the rows that both clients see at first.
+    """
 
     supabase: LocalSupabase
     bridge: BridgeProcess
     database: str
     writer: SteadyWriter
     copies: list[Copy]
+    titles: dict[int, str]
 
     def newest(self, copy: Copy) -> int:
         """The newest version that a client was sent live."""
@@ -86,9 +101,19 @@ class Scene:
         now = self.writer.version
         await eventually(lambda: all(self.newest(copy) > now for copy in self.copies), FLOWS_WITHIN)
 
+    async def seeded(self) -> None:
+        """Wait until it is proven that rows, and clients' copies, were read before anything was missing."""
+        await eventually(lambda: "row index seeded" in self.bridge.log, FLOWS_WITHIN)
+        read = time.time() + LOAD_SECONDS
+
+        async def is_proven() -> bool:
+            return await metric(self.bridge, "complete_until_seconds") > read
+
+        await eventually(is_proven, FLOWS_WITHIN)
+
     async def told(self) -> None:
-        """Wait until every client was told of a gap."""
-        await eventually(lambda: all("upstream_gap" in copy.resyncs for copy in self.copies), FLOWS_WITHIN)
+        """Wait until every client was told of what it has missed."""
+        await eventually(lambda: all(any(map(is_repaired, copy.history)) for copy in self.copies), FLOWS_WITHIN)
 
     async def problem(self) -> str:
         """Why the bridge says that it is not ready; empty if it is."""
@@ -97,11 +122,16 @@ class Scene:
         return "" if upstream["ok"] else str(upstream["reason"])
 
     async def lose(self) -> None:
-        """Delete a row and make another, for whoever does not look."""
-        connection = await asyncpg.connect(self.database)
-        await connection.execute("insert into posts (user_id, title, body) values ($1, 'in the gap', '0')", ADA)
-        await connection.execute("delete from posts where title = 'before'")
-        await connection.close()
+        """Delete a row, make another, and hide one from Bob, while no change is told, and nobody notices."""
+        self.writer.may_insert = False
+        self.supabase.drop(sys.maxsize)
+        async with connected(self.database) as connection:
+            await connection.execute("insert into posts (user_id, title, body) values ($1, 'in the gap', '0')", ADA)
+            await connection.execute("delete from posts where title = 'before'")
+            await connection.execute("update posts set is_public = false, body = '1' where title = 'hidden'")
+            await consumed(connection)
+        self.supabase.drop(0)
+        self.writer.may_insert = True
 
     async def ends_well(self) -> None:
         """Copies equal the table as their users see it, and no row went back in time."""
@@ -110,9 +140,19 @@ class Scene:
             await eventually(partial(self._is_equal, copy))
             assert versions_in_order(copy.history)
 
+    def gone(self, copy: Copy) -> dict[str, bool]:
+        """What was read back of rows that are there no more for a client, by title: whether they have only left it."""
+        deleted = [message for message in copy.history if message["type"] == "DELETE" and is_repaired(message)]
+        titles = [self.titles.get(message["old_record"]["id"]) for message in deleted]
+        return {title: "left" in message for title, message in zip(titles, deleted, strict=True) if title}
+
     async def _is_equal(self, copy: Copy) -> bool:
         rows, _ = await read_posts(self.bridge.url, copy.token)
         return copy.rows == rows
+
+
+def is_repaired(message: Message) -> bool:
+    return "repaired" in message
 
 
 def versions_in_order(history: list[Message]) -> bool:
@@ -125,22 +165,22 @@ def versions_in_order(history: list[Message]) -> bool:
 
 
 @asynccontextmanager
-async def scene(database: str, namespace: str) -> AsyncIterator[Scene]:
-    """Everything running, and a row `before` that both users see."""
+async def scene(database: str, namespace: str, **given: str) -> AsyncIterator[Scene]:
+    """Everything running, and rows `before` and `hidden` that both users see. `given` are settings beside the usual."""
     connection = await asyncpg.connect(database)
-    await connection.execute(
-        "insert into posts (user_id, title, body, is_public) values ($1, 'before', '0', true)", ADA
-    )
-    settings = {"BRIDGE_SOURCE": "supabase", "BRIDGE_RESYNC_SECONDS": "1", "BRIDGE_NAMESPACE": namespace}
+    insert = "insert into posts (user_id, title, body, is_public) values ($1, $2, '0', true)"
+    await connection.executemany(insert, [(ADA, "before"), (ADA, "hidden")])
+    settings = {"BRIDGE_SOURCE": "supabase", "BRIDGE_RESYNC_SECONDS": "1", "BRIDGE_NAMESPACE": namespace, **given}
     async with LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key=ANON_KEY) as supabase:
         settings |= {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": SERVICE_KEY}
         async with BridgeProcess(database, **settings) as bridge, asyncio.TaskGroup() as tasks:
             copies = [Copy(bridge.url, token(user)) for user in (ADA, BOB)]
             writer = SteadyWriter(connection)
-            made = Scene(supabase, bridge, database, writer, copies)
-            writing = tasks.create_task(writer.run(), name="writer")
             for copy in copies:
                 await copy.load()
+            titles = {key: row["title"] for key, row in copies[0].rows.items()}
+            made = Scene(supabase, bridge, database, writer, copies, titles)
+            writing = tasks.create_task(writer.run(), name="writer")
             following = [tasks.create_task(copy.follow(), name="client") for copy in copies]
             await made.flows()
             assert all(copy.resyncs == [] for copy in copies)
@@ -222,15 +262,31 @@ LOSING: list[Fault] = [
 
 @pytest.mark.parametrize("fault", LOSING, ids=lambda fault: str(fault.__name__))
 async def test_a_supabase_that(fault: Fault, database: str, namespace: str) -> None:
-    """… is told of to every client, and after it everything flows again."""
+    """… costs nobody a row: what was missed is told to exactly those who saw or see it, and everything flows again."""
     async with scene(database, namespace) as scene_:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(fault(scene_))
-            tasks.create_task(scene_.lose())
+        await scene_.seeded()
+        await scene_.lose()
+        await fault(scene_)
         await scene_.told()
         await scene_.flows()
         await eventually(lambda: is_ready(scene_))
         await scene_.ends_well()
+        assert [copy.resyncs for copy in scene_.copies] == [[], []]
+        assert [scene_.gone(copy) for copy in scene_.copies] == [{"before": False}, {"before": False, "hidden": True}]
+
+
+async def test_a_supabase_that_cannot_be_asked_for_what_it_has_lost_is_one_resync(
+    database: str, namespace: str
+) -> None:
+    async with scene(database, namespace, BRIDGE_REPAIR_COLUMN="changed_at") as scene_:
+        await scene_.seeded()
+        await scene_.lose()
+        await scene_.supabase.close(1012)
+        await eventually(lambda: all(copy.resyncs for copy in scene_.copies), FLOWS_WITHIN)
+        await scene_.flows()
+        await scene_.ends_well()
+        assert [copy.resyncs for copy in scene_.copies] == [["upstream_gap"]] * 2
+        assert not any(map(is_repaired, chain(*(copy.history for copy in scene_.copies))))
 
 
 async def is_ready(scene: Scene) -> bool:

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import asyncpg
@@ -32,7 +32,15 @@ pytestmark = [
 
 SERVICE_KEY = "sb_secret_service"
 ANON_KEY = "sb_publishable_anon"
-GAP = Control("resync", "*", "upstream_gap")
+
+
+class Doubt(NamedTuple):
+    """That something may be missing of a table, in its place among what is told."""
+
+    table: str
+
+
+GAP = Doubt("public.posts")
 
 
 def local(dsn: str, *tables: str) -> LocalSupabase:
@@ -63,12 +71,15 @@ class Reader:
         self._iterator = aiter(stream)
 
     @property
-    def bodies(self) -> list[Body]:
-        return [without_time(body) for batch in self.batches for body in batch.bodies]
+    def told(self) -> list[Body | Doubt]:
+        """Everything in the order in which it is told: doubts stand behind what came with them."""
+        return [
+            told for batch in self.batches for told in (*map(without_time, batch.bodies), *map(Doubt, batch.doubts))
+        ]
 
     @property
     def changes(self) -> list[Change]:
-        return [body for body in self.bodies if isinstance(body, Change)]
+        return [told for told in self.told if isinstance(told, Change)]
 
     async def next(self) -> SourceBatch:
         async with asyncio.timeout(15):
@@ -77,10 +88,10 @@ class Reader:
         self.batches.append(batch)
         return batch
 
-    async def until(self, number: int) -> list[Body]:
-        while len(self.bodies) < number:
+    async def until(self, number: int) -> list[Body | Doubt]:
+        while len(self.told) < number:
             await self.next()
-        return self.bodies
+        return self.told
 
 
 @asynccontextmanager
@@ -231,19 +242,19 @@ async def test_a_table_whose_name_only_looks_alike_stays_away(database: str) -> 
     assert [change.new for change in reader.changes] == [("2",)]
 
 
-async def test_a_history_that_goes_on_begins_with_a_resync(database: str) -> None:
+async def test_a_history_that_goes_on_begins_with_a_doubt(database: str) -> None:
     async with local(database) as supabase:
         source = source_of(supabase)
         async with source.open(None, owner="test/1") as stream:
             first = await Reader(stream, supabase).next()
-        assert (first.bodies, bool(first.watermark)) == ((), True)
+        assert (first.bodies, first.doubts, bool(first.watermark)) == ((), (), True)
         async with source.open(first.watermark, owner="test/2") as stream:
             reader = Reader(stream, supabase)
             await reader.next()
-            assert reader.bodies == [GAP]
+            assert reader.told == [GAP]
 
 
-async def test_a_repeated_subscription_is_one_resync_behind_what_came_before(database: str) -> None:
+async def test_a_repeated_subscription_is_one_doubt_behind_what_came_before(database: str) -> None:
     async with connected(database) as db, streaming(database) as reader:
         await insert(db, "before")
         await reader.until(1)
@@ -251,13 +262,13 @@ async def test_a_repeated_subscription_is_one_resync_behind_what_came_before(dat
         reader.supabase.resubscribe()
         await reader.until(2)
         await insert(db, "after")
-        _, control, _ = await reader.until(3)
-    assert control == GAP
+        _, doubt, _ = await reader.until(3)
+    assert doubt == GAP
     assert [row(change, change.new)["title"] for change in reader.changes] == ["before", "after"]
 
 
 @pytest.mark.parametrize("code", [1000, 1011, 1012])
-async def test_a_dropped_connection_ends_the_stream_and_the_next_begins_with_a_resync(database: str, code: int) -> None:
+async def test_a_dropped_connection_ends_the_stream_and_the_next_begins_with_a_doubt(database: str, code: int) -> None:
     async with local(database) as supabase, connected(database) as db:
         source = source_of(supabase)
         async with source.open(None, owner="test/1") as stream:
@@ -273,61 +284,61 @@ async def test_a_dropped_connection_ends_the_stream_and_the_next_begins_with_a_r
             again = Reader(stream, supabase)
             await again.until(1)
             await insert(db, "after")
-            control, change = await again.until(2)
-    assert control == GAP
+            doubt, change = await again.until(2)
+    assert doubt == GAP
     assert isinstance(change, Change)
     assert row(change, change.new)["title"] == "after"
 
 
-async def test_an_error_in_place_of_a_row_is_a_resync_and_its_row_reaches_no_log(
+async def test_an_error_in_place_of_a_row_is_a_doubt_and_its_row_reaches_no_log(
     database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(database) as db:
         await db.execute("create table heap (secret text); create table tidy (id int primary key)")
         async with streaming(database, "public.heap", "public.tidy") as reader:
             await db.execute("insert into heap values ('hush')")  # no key: the real server sends an error instead
-            await reader.until(1)
+            await reader.until(2)
             await db.execute("insert into tidy values (1)")
-            control, change = await reader.until(2)
-    assert control == GAP
+            *doubts, change = await reader.until(3)
+    assert doubts == [Doubt("public.heap"), Doubt("public.tidy")]
     assert isinstance(change, Change)
     assert "Unrecognized" not in caplog.text
 
 
-async def test_a_change_that_is_too_large_is_a_resync_of_its_table_and_the_rest_goes_on(database: str) -> None:
+async def test_a_change_that_is_too_large_is_a_doubt_of_its_table_and_the_rest_goes_on(database: str) -> None:
     async with connected(database) as db, streaming(database) as reader:
         await insert(db, "x" * 1_100_000)
         await reader.until(1)
         await insert(db, "after")
-        control, change = await reader.until(2)
-    assert control == Control("resync", "public.posts", "upstream_gap")
+        doubt, change = await reader.until(2)
+    assert doubt == GAP
     assert isinstance(change, Change)
     assert row(change, change.new)["title"] == "after"
 
 
-async def test_a_row_that_cannot_be_read_is_a_resync_of_its_table(database: str) -> None:
+async def test_a_row_that_cannot_be_read_is_a_doubt_of_its_table(database: str) -> None:
     async with connected(database) as db:
         await db.execute("create table sums (id int primary key, amount numeric)")
         async with streaming(database, "public.sums") as reader:
             await db.execute("insert into sums values (1, 1e400 + 0.5), (2, 1e400)")  # the first is beyond a double
-            change, control = await reader.until(2)
-    assert control == Control("resync", "public.sums", "upstream_gap")
+            change, doubt = await reader.until(2)
+    assert doubt == Doubt("public.sums")
     assert isinstance(change, Change)
     assert change.new == ("2", "1" + "0" * 400)
 
 
-async def test_more_changes_than_may_wait_are_a_resync_of_the_table(
+async def test_more_changes_than_may_wait_are_a_doubt_of_the_table(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_module, "MOST_WAITING", 2)
     async with connected(database) as db, streaming(database) as reader:
         await db.execute("insert into posts (user_id, title) select $1, n::text from generate_series(1, 9) n", uuid4())
-        bodies = await reader.until(3)
-    assert [type(body) for body in bodies] == [Change, Change, Control]
-    assert bodies[2] == Control("resync", "public.posts", "upstream_gap")
+        *changes, doubt = await reader.until(3)
+    assert [type(change) for change in changes] == [Change, Change]
+    assert doubt == GAP
 
 
-async def test_more_bytes_than_may_wait_are_a_resync_of_the_table(
+async def test_more_bytes_than_may_wait_are_a_doubt_of_the_table(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_module, "MOST_WAITING_BYTES", 10_000)
@@ -336,7 +347,7 @@ async def test_more_bytes_than_may_wait_are_a_resync_of_the_table(
         await db.executemany("insert into posts (user_id, title) values ($1, $2)", [(uuid4(), t) for t in titles])
         await reader.until(2)
     assert [row(change, change.new)["title"] for change in reader.changes] == ["small"]
-    assert Control("resync", "public.posts", "upstream_gap") in reader.bodies
+    assert GAP in reader.told
 
 
 async def test_an_answered_heartbeat_proves_the_time_before_it(database: str) -> None:
@@ -355,7 +366,7 @@ FAILURES: dict[str, tuple[Callable[[LocalSupabase], object], str]] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_what_ends_a_channel_ends_the_stream_and_the_next_begins_with_a_resync(
+async def test_what_ends_a_channel_ends_the_stream_and_the_next_begins_with_a_doubt(
     database: str, failure: str
 ) -> None:
     misbehave, reason = FAILURES[failure]
@@ -373,8 +384,8 @@ async def test_what_ends_a_channel_ends_the_stream_and_the_next_begins_with_a_re
             again = Reader(stream, supabase)
             await again.until(1)
             await insert(db, "after")
-            control, change = await again.until(2)
-    assert control == GAP
+            doubt, change = await again.until(2)
+    assert doubt == GAP
     assert isinstance(change, Change)
     assert row(change, change.new)["title"] == "after"
 
@@ -473,7 +484,7 @@ async def test_changes_told_again_behind_newer_ones_are_read_once(database: str)
     assert [row(change, change.new)["title"] for change in reader.changes] == [
         *("first", "second", "third", "fourth", "end")
     ]
-    assert reader.bodies == reader.changes
+    assert reader.told == reader.changes
 
 
 async def test_a_refused_key_is_a_matter_of_configuration(database: str) -> None:

@@ -42,8 +42,11 @@ def test_a_change_comes_back_as_it_was(
     assert decode_body(data, {POSTS.version: POSTS}) == change
 
 
-def test_a_control_comes_back_as_it_was() -> None:
-    control = Control("catalog", "public.members", None, 5, "x")
+@pytest.mark.parametrize(
+    "control",
+    [Control("catalog", "public.members", None, 5, "x"), Control("resync", "*", "upstream_gap", 5, since=4)],
+)
+def test_a_control_comes_back_as_it_was(control: Control) -> None:
     data = encode_body(control)
     assert relation_version(data) is None
     assert decode_body(data, {}) == control

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from realtime_bridge.hub.fan_out import Reload, runs
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.hub.settler import user_of
 from realtime_bridge.hub.standing import NOWHERE
-from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, form_of
+from realtime_bridge.hub.subscription import LOAD_SECONDS, UNKNOWN, State, Subscription, form_of
 from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared, Window
 from realtime_bridge.policy.base import Member, Verdict
 from realtime_bridge.policy.engine import PolicyEngine
@@ -1072,6 +1073,37 @@ async def test_a_resync_of_many_leaves_turns_to_others() -> None:
             await passes(1)
         assert len(counts) > 25
         await world.settled()
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+async def test_a_resync_since_a_time_is_for_those_who_may_have_read_the_table_later(
+    is_behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("came before", "came before and was told since", "came since")
+    now = time.monotonic()
+    since = int((time.time() - 30) * 1_000_000)
+    async with running() as world:
+        start = world.hub.position
+        readers = {} if is_behind else {name: await world.connect() for name in names}
+        await world.settled()
+        async with world.held():
+            await world.append(insert(1), Control("resync", POSTS, "upstream_gap", since=since), insert(2))
+            readers = readers or {name: await world.connect(position=start) for name in names}
+            before, told_since, _ = [s for c, _ in readers.values() for s in c.subscriptions.values()]
+            before.began = told_since.began = now - 30 - LOAD_SECONDS - 1
+            told_since.told[POSTS] = now
+            departed: list[Subscription] = []
+            depart = world.hub._standing.depart
+
+            def departs(subscription: Subscription, number: int, state: State) -> None:
+                departed.append(subscription)
+                depart(subscription, number, state)
+
+            monkeypatch.setattr(world.hub._standing, "depart", departs)
+        await world.settled()
+        assert [reader.resyncs for _, reader in readers.values()] == [[], ["upstream_gap"], ["upstream_gap"]]
+        assert readers["came before"][1].keys == [1, 2]
+        assert before not in departed, "nobody else is held up"
 
 
 async def test_a_resync_is_spread_over_everybody() -> None:

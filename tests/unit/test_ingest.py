@@ -3,15 +3,16 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from realtime_bridge.broker.memory import MemoryBroker
-from realtime_bridge.change import Relation
+from realtime_bridge.change import Image, Relation
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError, SourceError
 from realtime_bridge.ingest import ACKNOWLEDGE_AFTER_SECONDS, Ingest, _Trail
+from realtime_bridge.repair import RepairLimits
 from realtime_bridge.sources.base import Page, SourceBatch, SourceStream
 from tests.services import eventually
 
@@ -43,6 +44,9 @@ class NoTables:
     def pages(self, relation: Relation) -> AsyncGenerator[Page, None]:
         raise AssertionError(relation)
 
+    async def rows(self, relation: Relation, keys: Sequence[Sequence[str]]) -> list[Image]:
+        raise AssertionError(relation)
+
 
 @pytest.mark.parametrize(
     ("error", "longest"),
@@ -64,7 +68,8 @@ async def test_what_is_the_brokers_is_tried_again_soon_and_what_is_the_sources_w
 
     monkeypatch.setattr(random, "uniform", impatient)
     async with MemoryBroker(history_size=10, history_bytes=1000, history_seconds=10, row_index_bytes=1000) as broker:
-        ingest = Ingest(FailingSource(error), broker, NoTables(), tables=(), namespace="test", ttl=TTL)
+        limits = RepairLimits("updated_at", 0)
+        ingest = Ingest(FailingSource(error), broker, NoTables(), tables=(), limits=limits, namespace="test", ttl=TTL)
         running = asyncio.create_task(ingest.run())
         await eventually(lambda: len(waits) == 12)
         running.cancel()
