@@ -44,6 +44,7 @@ from realtime_bridge.transports.websocket import WebSocketEndpoint
 if TYPE_CHECKING:  # sources and the Redis broker take a while to import, and no process needs all of them
     from realtime_bridge.broker.redis import RedisBroker
     from realtime_bridge.sources.slot_watch import SlotWatch
+    from realtime_bridge.sources.supabase_canary import Canary
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +140,14 @@ class Bridge:
             )
             policy = make_policy(settings, database)
             await policy.prepare()
-            source = make_source(settings, database, lambda: policy.references)
+            canary = make_canary(settings, database)
+            source = make_source(settings, database, lambda: policy.references, canary)
             broker: RedisBroker | MemoryBroker = await stack.enter_async_context(make_broker(settings))
             for part in (self._keys, self._get_user):
                 if part is not None:
                     await stack.enter_async_context(part)
             tasks = await stack.enter_async_context(_BackgroundTasks())
-            self._running = running = self._assemble(broker, policy, source, database, tasks)
+            self._running = running = self._assemble(broker, policy, source, canary, database, tasks)
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
             self._ingesting = tasks.forever("ingest", running.ingest.run)
@@ -165,6 +167,7 @@ class Bridge:
         broker: "RedisBroker | MemoryBroker",
         policy: PolicyEngine,
         source: Source,
+        canary: "Canary | None",
         database: Database | None,
         tasks: "_BackgroundTasks",
     ) -> Running:
@@ -187,6 +190,7 @@ class Bridge:
             limits=RepairLimits(settings.repair_column, settings.repair_rows),
             namespace=settings.namespace,
             ttl=settings.takeover_seconds * 0.6,
+            canary=canary,
         )
         draining = asyncio.Event()
         tickets = Tickets(make_ticket_store(broker), self.verifier.verify)
@@ -232,8 +236,8 @@ class Bridge:
         if age is not None and age <= DEAF_AFTER_SECONDS:
             return Check(True)
         reason = "nothing proven yet" if age is None else f"nothing proven for {age:.0f} s"
-        if running.ingest.state.problem:
-            reason += f"; {running.ingest.state.problem}"
+        if running.ingest.problem:
+            reason += f"; {running.ingest.problem}"
         return Check(False, reason)
 
     def _readings(self) -> Iterator[Reading]:
@@ -421,8 +425,25 @@ def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:
     return MemoryTicketStore() if isinstance(broker, MemoryBroker) else RedisTicketStore(broker.link)
 
 
+def make_canary(settings: Settings, database: Database | None) -> "Canary | None":
+    """What proves the way of a change with these settings, if anything does."""
+    table = settings.canary_table
+    if table is None or settings.source_kind != "supabase":
+        return None
+    from realtime_bridge.sources.supabase_canary import Canary, postgres_writer, postgrest_writer
+
+    if database is not None:
+        return Canary(table, settings.namespace, postgres_writer(database.transaction, table))
+    assert settings.supabase_url is not None, "settings.require has looked"
+    writer = postgrest_writer(settings.supabase_url, _secret(settings.supabase_key), table)
+    return Canary(table, settings.namespace, writer)
+
+
 def make_source(
-    settings: Settings, database: Database | None, references: Callable[[], Collection[str]] = frozenset
+    settings: Settings,
+    database: Database | None,
+    references: Callable[[], Collection[str]] = frozenset,
+    canary: "Canary | None" = None,
 ) -> Source:
     """Where changes come from with these settings; `references` are tables that are wanted besides."""
     if settings.source_kind == "postgres":
@@ -440,7 +461,8 @@ def make_source(
 
     assert settings.supabase_url is not None, "settings.require has looked"
     keys = None if database is None else database.primary_key
-    return SupabaseSource(settings.supabase_url, _secret(settings.supabase_key), tables=settings.tables, keys=keys)
+    key = _secret(settings.supabase_key)
+    return SupabaseSource(settings.supabase_url, key, tables=settings.tables, keys=keys, canary=canary)
 
 
 def make_slot_watch(settings: Settings) -> "SlotWatch | None":

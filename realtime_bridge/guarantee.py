@@ -56,7 +56,7 @@ def guarantee(settings: Settings, durability: Durability | None, reach: float) -
     """
     found = Guarantee()
     is_replayed = settings.source_kind == "postgres"
-    _of_source(found, is_replayed)
+    _of_source(found, settings)
     if durability is None:
         found.told.append("a restart of this process: its memory holds the history (REDIS_URL is not set)")
     else:
@@ -68,12 +68,19 @@ def guarantee(settings: Settings, durability: Durability | None, reach: float) -
     return found
 
 
-def _of_source(found: Guarantee, is_replayed: bool) -> None:
-    if is_replayed:
+def _of_source(found: Guarantee, settings: Settings) -> None:
+    if settings.source_kind == "postgres":
         found.survived.append("restarts of Postgres and breaks of the link to it: the slot keeps what was not read")
         found.told.append("the loss of the replication slot, and a failover of Postgres that does not bring it along")
-    else:
-        found.told.append("breaks of the link to Supabase Realtime, which keeps nothing for those who are away")
+        return
+    found.survived.append(
+        "what Supabase Realtime has not told, if it is noticed: tables that have a primary key and "
+        f"{settings.repair_column}, and at most {settings.repair_rows:,} rows, are compared with what was told"
+    )
+    found.told.append(
+        "breaks of the link to Supabase Realtime, which keeps nothing for those who are away: of other tables, and of "
+        "those of which much has changed"
+    )
 
 
 def _of_redis(found: Guarantee, durability: Durability, is_replayed: bool) -> None:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.errors import BridgeError, BrokerError, ConfigurationError, ForkError, LeaseLostError
@@ -18,6 +18,9 @@ from realtime_bridge.repair import Repairer, RepairLimits, RepairState
 from realtime_bridge.rows import IndexState, RowIndex
 from realtime_bridge.seeding import Seeder
 from realtime_bridge.sources.base import Source, SourceBatch, SourceStream, TableReader
+
+if TYPE_CHECKING:
+    from realtime_bridge.sources.supabase_canary import Canary
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Ingest:
         reader: of the tables, for rows that have not changed yet, and for changes that may have been missed.
         tables: `schema.table` each.
         limits: of what is read back.
+        canary: written while this process leads, for a source that hears of it.
         ttl: seconds for which the lease holds without being extended.
         namespace: with the fencing token, the name by which a successor recognises this reader.
     """
@@ -70,6 +74,7 @@ class Ingest:
         limits: RepairLimits,
         namespace: str,
         ttl: float,
+        canary: "Canary | None" = None,
     ) -> None:
         self.state = IngestState()
         self._source = source
@@ -79,6 +84,12 @@ class Ingest:
         self._limits = limits
         self._namespace = namespace
         self._ttl = ttl
+        self._canary = canary
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be proven, as far as it is known here; for people, empty while all is well."""
+        return self.state.problem or (self._canary.problem if self._canary is not None else "")
 
     async def run(self) -> NoReturn:
         """Wait for the lease, copy while it holds, and begin again, until cancelled.
@@ -114,6 +125,8 @@ class Ingest:
                 tasks.create_task(self._copy(token, rows, repairer), name="copy")
                 tasks.create_task(seeder.run(), name="seed")
                 tasks.create_task(repairer.run(), name="repair")
+                if self._canary is not None:
+                    tasks.create_task(self._canary.run(), name="canary")
         except* BridgeError as group:
             raise _first(group) from group
         finally:

@@ -119,7 +119,10 @@ class Settings(BaseSettings):
     repair_rows: NonNegativeInt = Field(
         10_000, description="A table of more rows is not repaired after a gap, but told as one `resync`."
     )
-    canary_table: str | None = Field(None, description="Table whose changes prove the way alive.")
+    canary_table: str | None = Field(
+        None,
+        description="`supabase` source: table of columns `id` and `beat`, written to prove that changes arrive.",
+    )
     supabase_deletes: bool = Field(False, description="Send DELETE keys to everyone, as Supabase does.")
     admin_token: SecretStr | None = Field(None, description="Guards `/admin/*` and, outside `dev`, the page.")
 
@@ -134,11 +137,17 @@ class Settings(BaseSettings):
     @classmethod
     def _schema_and_table(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for table in value:
-            if len([part for part in table.split(".") if part]) != 2:
-                raise ValueError(f"{table!r} is not of the form schema.table")
+            _require_schema(table)
         if not value:
             raise ValueError("at least one table is needed")
         return tuple(dict.fromkeys(value))
+
+    @field_validator("canary_table")
+    @classmethod
+    def _one_table(cls, value: str | None) -> str | None:
+        if value is not None:
+            _require_schema(value)
+        return value
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -198,10 +207,17 @@ class Settings(BaseSettings):
             raise ConfigurationError(f"{missing} is missing: the supabase source needs it.")
         if self.supabase_jwt_secret is None and self.supabase_jwks_url is None and self.supabase_url is None:
             raise ConfigurationError("SUPABASE_JWT_SECRET is missing: no token could be verified.")
+        if self.canary_table in self.tables:
+            raise ConfigurationError("BRIDGE_CANARY_TABLE is one of BRIDGE_TABLES: it must be a table of its own.")
         if self.database_url is None and (left := [t for t in self.tables if t not in self.policies]):
             raise ConfigurationError(
                 f"BRIDGE_POLICIES has no rule for {left[0]}, and there is no DATABASE_URL to read policies from."
             )
+
+
+def _require_schema(table: str) -> None:
+    if len([part for part in table.split(".") if part]) != 2:
+        raise ValueError(f"{table!r} is not of the form schema.table")
 
 
 def _refuse_unknown(environment: Mapping[str, str | None]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 import uuid
 
 import asyncpg
@@ -63,6 +64,16 @@ async def metric(bridge: BridgeProcess, name: str) -> float:
     found = re.search(rf"^realtime_bridge_{name} (\S+)$", page, re.M)
     assert found is not None, name
     return float(found[1])
+
+
+async def proven(bridge: BridgeProcess, seconds: float = 1.0) -> None:
+    """Wait until it is proven that nothing was missing up to so many seconds from now."""
+    until = time.time() + seconds
+
+    async def is_proven() -> bool:
+        return await metric(bridge, "complete_until_seconds") > until
+
+    await eventually(is_proven, 30)
 
 
 async def leads(bridge: BridgeProcess) -> bool:

@@ -183,14 +183,15 @@ def _told(answer: httpx.Response) -> str:
 
 async def _look_at_realtime(settings: Settings) -> list[Finding]:
     """Subscribe as the source does. A table that Realtime refuses spoils it for all: it is named, the rest is tried."""
-    left = list(settings.tables)
+    canary = settings.canary_table
+    left = [*settings.tables, *([] if canary is None else [canary])]
     findings: list[Finding] = []
     while left:
         error = await _subscribe(settings, left)
         table = refused_table(str(error))
         if table not in left:
             return findings + find((realtime,), error)
-        findings += find((subscribed,), table, of=table)
+        findings += find((subscribed if table != canary else canary_table,), table, of=table)
         left.remove(table)
     return findings + skip([realtime], "no table is left to subscribe to")
 
@@ -226,6 +227,20 @@ def subscribed(table: str) -> Outcome:
         f"Realtime cannot subscribe to {table}: it is not in the publication {SUPABASE_PUBLICATION}, or there is no "
         "such table. Until then no change of any table arrives.",
         f"ALTER PUBLICATION {quote(SUPABASE_PUBLICATION)} ADD TABLE {quote(schema)}.{quote(name)};",
+    )
+
+
+def canary_table(table: str) -> Outcome:
+    """Until it is there, or BRIDGE_CANARY_TABLE is not set, `serve` does not begin to read."""
+    schema, _, name = table.partition(".")
+    quoted = f"{quote(schema)}.{quote(name)}"
+    return problem(
+        f"Realtime cannot subscribe to {table} (BRIDGE_CANARY_TABLE): it is not in the publication "
+        f"{SUPABASE_PUBLICATION}, or there is no such table. Until then no change of any table arrives.",
+        f"CREATE TABLE IF NOT EXISTS {quoted} (id text PRIMARY KEY, beat bigint NOT NULL); "
+        f"ALTER TABLE {quoted} ENABLE ROW LEVEL SECURITY; "
+        f"GRANT SELECT, INSERT, UPDATE ON {quoted} TO service_role; "
+        f"ALTER PUBLICATION {quote(SUPABASE_PUBLICATION)} ADD TABLE {quoted};",
     )
 
 

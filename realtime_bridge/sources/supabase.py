@@ -8,9 +8,9 @@ A link that is not healthy ends the stream; whoever reads opens it again, with b
 history begins with a doubt of every table.
 
 What cannot be had this way: digits of a `numeric` beyond those of a double (see `supabase_texts`); the base type of a
-domain; commits that the server's poller silently left out.
+domain; commits that the server's poller silently left out (a canary notices, if there are many in a row).
 
-Layer: adapters. May import: change, errors, sources.{base,supabase_link,supabase_payload}.
+Layer: adapters. May import: change, errors, sources.{base,supabase_canary,supabase_link,supabase_payload}.
 Sources: https://supabase.com/docs/guides/realtime/postgres-changes.
 """
 
@@ -21,6 +21,7 @@ from typing import Final
 
 from realtime_bridge.change import Body
 from realtime_bridge.sources.base import SourceBatch
+from realtime_bridge.sources.supabase_canary import Canary
 from realtime_bridge.sources.supabase_link import ALL, Link, linked
 from realtime_bridge.sources.supabase_payload import Keys, PayloadReader
 
@@ -36,16 +37,20 @@ class SupabaseSource:
         url: the project's address.
         key: its service key; the client is never signed in, and the key is never logged.
         tables: `schema.table` each.
+        canary: proves what heartbeats do not; it has to be run beside.
         keys: asks Postgres for primary keys. Without it they are learned from the first old row that brings only some
             of the columns; until then the column `id` is taken for the key, if there is one.
     """
 
     name = "supabase"
 
-    def __init__(self, url: str, key: str, *, tables: Sequence[str], keys: Keys | None = None) -> None:
+    def __init__(
+        self, url: str, key: str, *, tables: Sequence[str], keys: Keys | None = None, canary: Canary | None = None
+    ) -> None:
         self._url = url
         self._key = key
         self._tables = tuple(tables)
+        self._canary = canary
         self._reader = PayloadReader(keys)
         self._mark = f"supabase|{url.partition('://')[2].partition('/')[0]}|"
 
@@ -55,21 +60,21 @@ class SupabaseSource:
 
         `owner` has no use here: upstream, nothing is held that a successor would have to take away.
         """
-        async with linked(self._url, self._key, self._tables) as link:
+        async with linked(self._url, self._key, self._tables, self._canary) as link:
             logger.info("supabase source live", extra={"tables": ",".join(self._tables)})
             yield SupabaseStream(link, self._reader, self._mark, self._tables, is_gap=after is not None)
 
     async def check(self) -> None:
         """Subscribe and leave again; see `Source.check`."""
-        async with linked(self._url, self._key, self._tables):
+        async with linked(self._url, self._key, self._tables, self._canary):
             pass
 
 
 class SupabaseStream:
     """An open subscription; see `SourceStream`.
 
-    `proven_until` is when the newest heartbeat that was answered was sent, less `POLL_SECONDS`: it proves the link and
-    all that the server had sent by then, not the server's own poller behind it.
+    Without a canary `proven_until` is when the newest heartbeat that was answered was sent, less `POLL_SECONDS`: it
+    proves the link and all that the server had sent by then, not the server's own poller behind it.
     """
 
     def __init__(self, link: Link, reader: PayloadReader, mark: str, tables: tuple[str, ...], *, is_gap: bool) -> None:

@@ -5,9 +5,10 @@ that real servers answer by closing the channel. A link that has failed stays fa
 another, on a client of its own.
 
 Alive means: a heartbeat of ours was answered. A broadcast to ourselves would prove no more, since the server tells of a
-channel's end on the same ordered connection, and it would be billed and counted against the project's limits.
+channel's end on the same ordered connection, and it would be billed and counted against the project's limits. That the
+server's poller behind it is alive, too, only a change can prove: with a canary, that is asked for as well.
 
-Layer: adapters. May import: errors, wire.phoenix.
+Layer: adapters. May import: errors, wire.phoenix, sources.supabase_canary.
 Sources: realtime 2.34.1 (`_async/client.py`, `_async/channel.py`); https://supabase.com/docs/guides/realtime/protocol.
 """
 
@@ -35,6 +36,7 @@ from supabase import AsyncClientOptions, AsyncSupabaseException, acreate_client
 from websockets.exceptions import InvalidStatus
 
 from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.sources.supabase_canary import RETURN_SECONDS, Canary
 from realtime_bridge.wire.phoenix import SUBSCRIBED
 
 ALL: Final = "*"
@@ -120,9 +122,10 @@ class Link:
     The `on_…` methods are the client's callbacks, and cannot wait. Made by `linked` alone.
     """
 
-    def __init__(self, client: AsyncRealtimeClient, tables: Sequence[str]) -> None:
+    def __init__(self, client: AsyncRealtimeClient, tables: Sequence[str], canary: Canary | None) -> None:
         self._client = client
         self._tables = tables
+        self._canary = canary
         self._is_live = False
         self._failure: str | None = None
         self._settled = asyncio.Event()
@@ -138,10 +141,12 @@ class Link:
         """
         self._client.channels[_PHOENIX] = _HeartbeatChannel(self._client, self.on_heartbeat_reply)
         channel = self._client.channel(_TOPIC).on_system(self.on_system)
-        for name in self._tables:
+        callbacks = {name: partial(self.on_change, name) for name in self._tables}
+        if self._canary is not None:
+            callbacks[self._canary.table] = partial(self.on_canary, self._canary)
+        for name, callback in callbacks.items():
             schema, _, table = name.partition(".")
-            every = RealtimePostgresChangesListenEvent.All
-            channel.on_postgres_changes(every, partial(self.on_change, name), table=table, schema=schema)
+            channel.on_postgres_changes(RealtimePostgresChangesListenEvent.All, callback, table=table, schema=schema)
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 await channel.subscribe(self.on_status)
@@ -149,6 +154,8 @@ class Link:
         except TimeoutError:
             raise SourceError("Supabase Realtime did not subscribe in time") from None
         self._require_health()
+        if self._canary is not None:
+            self._canary.begin()
 
     @_never_raising
     def on_change(self, name: str, payload: PostgresChangesPayload) -> None:
@@ -160,6 +167,18 @@ class Link:
             self._heard.doubts.add(name)
         else:
             self._heard.add(name, data)
+        self._news.set()
+
+    @_never_raising
+    def on_canary(self, canary: Canary, payload: PostgresChangesPayload) -> None:
+        """A change for the binding of the canary's table."""
+        data = payload["data"]
+        returned = None if data["errors"] else canary.hear(data.get("record") or {})
+        if returned is None or f"{data['schema']}.{data['table']}" != canary.table:
+            return
+        if returned.is_gap:
+            self.doubt(ALL)
+        self._heard.proven_until = returned.proven_until
         self._news.set()
 
     @_never_raising
@@ -182,7 +201,8 @@ class Link:
         """Replies to the client's own heartbeats have no ref: nobody knows when those were sent."""
         if self._heartbeat is not None and ref == self._heartbeat.ref:
             self._heartbeat.is_answered = True
-            self._heard.proven_until = self._heartbeat.sent_at - POLL_SECONDS
+            if self._canary is None:
+                self._heard.proven_until = self._heartbeat.sent_at - POLL_SECONDS
 
     def doubt(self, table: str) -> None:
         """Changes of this table, or of all, may have been missed."""
@@ -214,6 +234,8 @@ class Link:
             SourceError: the link has failed, or has been silent for too long.
         """
         self._require_health()
+        if self._canary is not None and self._canary.is_overdue():
+            raise SourceError(f"Supabase Realtime did not tell of the canary within {RETURN_SECONDS:.0f} s")
         now = time.monotonic()
         if self._heartbeat is not None:
             age = now - self._heartbeat.sent
@@ -283,8 +305,8 @@ def _watching_unreadable_frames(link: Link) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def linked(url: str, key: str, tables: Sequence[str]) -> AsyncIterator[Link]:
-    """A live link, on a client of its own.
+async def linked(url: str, key: str, tables: Sequence[str], canary: Canary | None = None) -> AsyncIterator[Link]:
+    """A live link, on a client of its own. What is heard of a canary is told to it, and not to whoever reads the link.
 
     Raises:
         ConfigurationError: address or key can never work.
@@ -295,7 +317,7 @@ async def linked(url: str, key: str, tables: Sequence[str]) -> AsyncIterator[Lin
         client = await acreate_client(url, key, options)
     except (AsyncSupabaseException, ValueError):
         raise ConfigurationError("SUPABASE_URL, SUPABASE_KEY: an http(s) address and a service key") from None
-    link = Link(client.realtime, tables)
+    link = Link(client.realtime, tables, canary)
     try:
         with _watching_unreadable_frames(link):
             await _subscribe(link)

@@ -5,6 +5,7 @@ look.
 """
 
 import asyncio
+import json
 import random
 import sys
 import time
@@ -23,10 +24,10 @@ import pytest
 from realtime_bridge.dev.supabase import LocalSupabase
 from realtime_bridge.hub.subscription import LOAD_SECONDS
 from tests.bridges import BridgeProcess
-from tests.clients import Copy, Message, http, read_posts
-from tests.integration.test_row_index import metric
+from tests.clients import Copy, Message, http
 from tests.integration.test_supabase_source import connected, consumed
 from tests.services import SECRET, eventually, token
+from tests.steady import metric, proven
 
 pytestmark = [
     pytest.mark.integration,
@@ -89,7 +90,7 @@ class Scene:
     bridge: BridgeProcess
     database: str
     writer: SteadyWriter
-    copies: list[Copy]
+    copies: "list[OwnCopy]"
     titles: dict[int, str]
 
     def newest(self, copy: Copy) -> int:
@@ -104,12 +105,7 @@ class Scene:
     async def seeded(self) -> None:
         """Wait until it is proven that rows, and clients' copies, were read before anything was missing."""
         await eventually(lambda: "row index seeded" in self.bridge.log, FLOWS_WITHIN)
-        read = time.time() + LOAD_SECONDS
-
-        async def is_proven() -> bool:
-            return await metric(self.bridge, "complete_until_seconds") > read
-
-        await eventually(is_proven, FLOWS_WITHIN)
+        await proven(self.bridge, LOAD_SECONDS)
 
     async def told(self) -> None:
         """Wait until every client was told of what it has missed."""
@@ -146,9 +142,8 @@ class Scene:
         titles = [self.titles.get(message["old_record"]["id"]) for message in deleted]
         return {title: "left" in message for title, message in zip(titles, deleted, strict=True) if title}
 
-    async def _is_equal(self, copy: Copy) -> bool:
-        rows, _ = await read_posts(self.bridge.url, copy.token)
-        return copy.rows == rows
+    async def _is_equal(self, copy: "OwnCopy") -> bool:
+        return copy.rows == await copy.read()
 
 
 def is_repaired(message: Message) -> bool:
@@ -164,24 +159,57 @@ def versions_in_order(history: list[Message]) -> bool:
     return all(one < other for row in versions.values() for one, other in pairwise(row))
 
 
+class OwnCopy(Copy):
+    """A copy for where the bridge has no database: the user reads the table elsewhere."""
+
+    def __init__(self, url: str, user: str, database: str) -> None:
+        super().__init__(url, token(user))
+        self._user = user
+        self._database = database
+
+    async def load(self) -> None:
+        self.rows = await self.read()
+
+    async def read(self) -> dict[int, Message]:
+        async with connected(self._database) as connection:
+            sql = "select to_jsonb(p) from posts p where user_id = $1 or is_public"
+            await connection.execute("set timezone = 'UTC'")
+            rows = [json.loads(row[0]) for row in await connection.fetch(sql, self._user)]
+            return {row["id"]: row for row in rows}
+
+
 @asynccontextmanager
-async def scene(database: str, namespace: str, **given: str) -> AsyncIterator[Scene]:
-    """Everything running, and rows `before` and `hidden` that both users see. `given` are settings beside the usual."""
+async def scene(database: str, namespace: str, *, has_database: bool = True, **given: str) -> AsyncIterator[Scene]:
+    """Everything running, and rows `before` and `hidden` that both users see.
+
+    Args:
+        has_database: whether the bridge has DATABASE_URL.
+        given: settings beside the usual.
+    """
     connection = await asyncpg.connect(database)
     insert = "insert into posts (user_id, title, body, is_public) values ($1, $2, '0', true)"
     await connection.executemany(insert, [(ADA, "before"), (ADA, "hidden")])
     settings = {"BRIDGE_SOURCE": "supabase", "BRIDGE_RESYNC_SECONDS": "1", "BRIDGE_NAMESPACE": namespace, **given}
-    async with LocalSupabase(database, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key=ANON_KEY) as supabase:
+    await connection.execute("create table canary (id text primary key, beat bigint not null)")
+    async with LocalSupabase(
+        database,
+        jwt_secret=SECRET,
+        service_key=SERVICE_KEY,
+        anon_key=ANON_KEY,
+        tables=["public.posts", "public.canary"],
+    ) as supabase:
         settings |= {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": SERVICE_KEY}
-        async with BridgeProcess(database, **settings) as bridge, asyncio.TaskGroup() as tasks:
-            copies = [Copy(bridge.url, token(user)) for user in (ADA, BOB)]
+        dsn = database if has_database else ""
+        async with BridgeProcess(dsn, **settings) as bridge, asyncio.TaskGroup() as tasks:
+            copies = [OwnCopy(bridge.url, user, database) for user in (ADA, BOB)]
             writer = SteadyWriter(connection)
+            following = [tasks.create_task(copy.follow(), name="client") for copy in copies]
             for copy in copies:
+                await eventually(partial(getattr, copy, "position"))
                 await copy.load()
             titles = {key: row["title"] for key, row in copies[0].rows.items()}
             made = Scene(supabase, bridge, database, writer, copies, titles)
             writing = tasks.create_task(writer.run(), name="writer")
-            following = [tasks.create_task(copy.follow(), name="client") for copy in copies]
             await made.flows()
             assert all(copy.resyncs == [] for copy in copies)
             yield made
@@ -273,6 +301,45 @@ async def test_a_supabase_that(fault: Fault, database: str, namespace: str) -> N
         await scene_.ends_well()
         assert [copy.resyncs for copy in scene_.copies] == [[], []]
         assert [scene_.gone(copy) for copy in scene_.copies] == [{"before": False}, {"before": False, "hidden": True}]
+
+
+RULES = json.dumps({"public.posts": "user_id = auth.uid() or is_public"})
+
+
+@pytest.mark.parametrize("has_database", [True, False])
+async def test_a_supabase_that_falls_silent_while_it_answers_heartbeats_is_found_out_by_the_canary(
+    has_database: bool, database: str, namespace: str
+) -> None:
+    settings = {"BRIDGE_CANARY_TABLE": "public.canary"} | ({} if has_database else {"BRIDGE_POLICIES": RULES})
+    async with scene(database, namespace, has_database=has_database, **settings) as scene_:
+        await scene_.seeded()
+        async with connected(database) as connection:
+            await consumed(connection)
+        scene_.supabase.deafen()
+        silent_at = time.time()
+        await scene_.lose()
+        await eventually(lambda: "did not tell of the canary" in scene_.bridge.log, 20)
+        assert await metric(scene_.bridge, "complete_until_seconds") < silent_at + 0.1
+        await scene_.told()
+        await scene_.flows()
+        await eventually(lambda: is_ready(scene_))
+        await scene_.ends_well()
+        assert [copy.resyncs for copy in scene_.copies] == [[], []]
+        assert [scene_.gone(copy) for copy in scene_.copies] == [{"before": False}, {"before": False, "hidden": True}]
+        assert "canary" not in str([copy.history for copy in scene_.copies])
+
+
+async def test_a_supabase_that_tells_nobody_of_any_change_is_not_taken_for_healthy(
+    database: str, namespace: str
+) -> None:
+    async with scene(database, namespace, BRIDGE_CANARY_TABLE="public.canary") as scene_:
+        await scene_.seeded()
+        scene_.supabase.drop(sys.maxsize)
+        await eventually(scene_.problem, 30)
+        scene_.supabase.drop(0)
+        await scene_.flows()
+        await eventually(lambda: is_ready(scene_), 30)
+        await scene_.ends_well()
 
 
 async def test_a_supabase_that_cannot_be_asked_for_what_it_has_lost_is_one_resync(

@@ -135,6 +135,15 @@ async def test_a_table_that_is_not_there_is_told(database: str) -> None:
         assert statuses(found, names) == ["ok", "ok", "warning", "problem", "ok"]
 
 
+async def test_a_canary_table_that_is_missing_is_named_and_the_fix_makes_it(database: str) -> None:
+    canary = "public.Canary"
+    async with project_on(database) as project:
+        found = await look(project.url, canary_table=canary)
+        assert statuses(found, [f"canary_table {canary}", "realtime"]) == ["problem", "ok"]
+        await execute(database, found[f"canary_table {canary}"].fix)
+        assert not failed((await look(project.url, canary_table=canary)).values())
+
+
 # -- misbehaviour ------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ SAFE = Durability("always", replicas=2)
     [
         (POSTGRES, SAFE, "restarts of Postgres", True),
         (SUPABASE, SAFE, "breaks of the link to Supabase", False),
+        (SUPABASE, SAFE, "updated_at, and at most 10,000 rows, are compared", True),
         (POSTGRES, None, "a restart of this process", False),
         (POSTGRES, SAFE, "the end of any one process", True),
         (POSTGRES, SAFE, "crashes of Redis", True),

@@ -35,6 +35,9 @@ def test_defaults_are_the_contract() -> None:
     [
         ("BRIDGE_TYPO", "1", "BRIDGE_TYPO is not a setting"),
         ("BRIDGE_TABLES", "posts", "BRIDGE_TABLES: 'posts' is not of the form schema.table"),
+        ("BRIDGE_CANARY_TABLE", "canary", "BRIDGE_CANARY_TABLE: 'canary' is not of the form schema.table"),
+        ("BRIDGE_CANARY_TABLE", "public.posts", "BRIDGE_CANARY_TABLE is one of BRIDGE_TABLES"),
+        ("BRIDGE_REPAIR_ROWS", "-1", "BRIDGE_REPAIR_ROWS: input should be greater than or equal to 0"),
         ("BRIDGE_POLICIES", "{oops", "BRIDGE_POLICIES: not JSON"),
         ("BRIDGE_POLICIES", "[1]", "BRIDGE_POLICIES: not a JSON object"),
         ("BRIDGE_HISTORY_SIZE", "0", "BRIDGE_HISTORY_SIZE: input should be greater than 0"),

@@ -78,6 +78,7 @@ class Socket:
         self._rules = rules
         self._vsn = vsn
         self._key = key
+        self._is_deaf = False
 
     def send(self, frame: Frame, *, padding: int = 0) -> None:
         """Send without waiting: a slow client must not hold up the others. `padding` adds as many bytes of space."""
@@ -87,6 +88,8 @@ class Socket:
 
     def fan_out(self, change: Told, *, padding: int = 0) -> None:
         """Send a change to every channel that asked for it."""
+        if self._is_deaf:
+            return
         for channel in self.channels.values():
             if channel.is_live and (ids := channel.ids(change.relation, change.operation)):
                 self.send(phoenix.postgres_changes(channel.topic, ids, change.data), padding=padding)
@@ -97,6 +100,10 @@ class Socket:
             if channel.is_live:
                 status: Status = "error" if is_error else "ok"
                 self.send(phoenix.system(channel.topic, channel.join_ref, message, status=status))
+
+    def deafen(self) -> None:
+        """Tell of no change any more, and of nothing else that would show it."""
+        self._is_deaf = True
 
     def close_channels(self) -> None:
         """End every channel, and leave the connection open."""

@@ -26,8 +26,9 @@ from websockets.http11 import Request, Response
 from realtime_bridge.dev.supabase.changes import open_pool, open_slot, publish, published
 from realtime_bridge.dev.supabase.channels import Rules
 from realtime_bridge.dev.supabase.keys import Keys
+from realtime_bridge.dev.supabase.posts import serve_posts
 from realtime_bridge.dev.supabase.realtime import Realtime
-from realtime_bridge.dev.supabase.rest import select
+from realtime_bridge.dev.supabase.rest import select, upsert
 from realtime_bridge.dev.supabase.road import Road
 from realtime_bridge.errors import BridgeError, NotFoundError
 from realtime_bridge.wire import phoenix
@@ -78,7 +79,8 @@ class LocalSupabase:
             server = await stack.enter_async_context(
                 serve(self._realtime.serve, "127.0.0.1", 0, process_request=self._answer, max_size=LARGEST_FRAME)
             )
-            self._road = await stack.enter_async_context(Road(_port(server)))
+            posts = await stack.enter_async_context(serve_posts(self._answer_post))
+            self._road = await stack.enter_async_context(Road(_port(server), posts))
             self.url = f"http://127.0.0.1:{self._road.port}"
             await self._tasks.__aenter__()
             self._poller = self._tasks.create_task(self._realtime.poll(slot), name="poll")
@@ -125,6 +127,10 @@ class LocalSupabase:
     def drop(self, changes: int) -> None:
         """Keep the next so many changes from everyone, without a word; 0 ends it."""
         self._realtime.drop(changes)
+
+    def deafen(self) -> None:
+        """Tell whoever is connected now of no change any more, without a word; heartbeats are answered, as ever."""
+        self._realtime.deafen()
 
     def delay(self, seconds: float) -> None:
         """Let the poller stand still for so long: what is committed meanwhile comes late, and nothing is lost."""
@@ -184,13 +190,31 @@ class LocalSupabase:
                     return _response(200, found.rows, {"Content-Range": found.content_range})
             raise NotFoundError("no such route")
         except BridgeError as error:
-            return _response(error.status_code, {"error": str(error), "message": str(error), "code": "", "hint": None})
+            return _refusal(error)
+
+    async def _answer_post(self, path: str, headers: Headers, body: bytes) -> Response:
+        address = urlsplit(path)
+        try:
+            match address.path.strip("/").split("/"):
+                case ["rest", "v1", table]:
+                    self._keys.require_service(headers)
+                    schema = headers.get("Content-Profile", "public")
+                    await upsert(self._pool, schema, unquote(table), address.query, body)
+                    return _response(201, b"")
+            raise NotFoundError("no such route")
+        except BridgeError as error:
+            return _refusal(error)
 
 
 def _port(server: Server) -> int:
     port = next(iter(server.sockets)).getsockname()[1]
     assert isinstance(port, int), "an Internet socket"
     return port
+
+
+def _refusal(error: BridgeError) -> Response:
+    told = {"error": str(error), "message": str(error), "code": "", "hint": None}
+    return _response(error.status_code, told)
 
 
 def _response(status: int, body: Payload | bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:

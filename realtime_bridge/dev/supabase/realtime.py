@@ -85,6 +85,11 @@ class Realtime:
         """Tell nobody of the next so many changes."""
         self._to_drop = changes
 
+    def deafen(self) -> None:
+        """Tell those who are connected now of no change any more."""
+        for socket in self._sockets.values():
+            socket.deafen()
+
     def delay(self, seconds: float) -> None:
         """Let the poller stand still for so long."""
         self._resume_at = asyncio.get_running_loop().time() + seconds

@@ -1,4 +1,4 @@
-"""As much of PostgREST as reads a table.
+"""As much of PostgREST as reads a table, and inserts or replaces rows of one.
 
 Layer: whole (dev). May import: errors.
 Sources: PostgREST's reference of tables and views; Supabase's projects answer at most 1,000 rows.
@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, TypeAlias
 from urllib.parse import parse_qsl
 
 import asyncpg
+import orjson
 
 from realtime_bridge.errors import BadRequestError, NotFoundError
 
@@ -60,6 +61,33 @@ async def select(pool: Pool, schema: str, table: str, query: str, *, counted: bo
         raise BadRequestError(str(error)) from None
     shown = f"{asked.offset}-{asked.offset + count - 1}" if count else "*"
     return Selected(text.encode(), f"{shown}/{total}")
+
+
+async def upsert(pool: Pool, schema: str, table: str, query: str, body: bytes) -> None:
+    """Insert a row, or change the one with the same `on_conflict`, the one parameter of the `query`.
+
+    Raises:
+        NotFoundError: no such table.
+        BadRequestError: something is not understood, or a value does not fit its column.
+    """
+    name = f"{quote(schema)}.{quote(table)}"
+    columns = {row[0] for row in await pool.fetch(_COLUMNS, name)}
+    if not columns:
+        raise NotFoundError(f"no table {schema}.{table}")
+    key = dict(parse_qsl(query)).get("on_conflict")
+    row = orjson.loads(body)
+    if not isinstance(row, dict) or key not in columns or not row.keys() <= columns:
+        raise BadRequestError("not understood here")
+    names = ", ".join(map(quote, row))
+    changes = ", ".join(f"{quote(column)} = excluded.{quote(column)}" for column in row)
+    sql = (
+        f"insert into {name} ({names}) select {names} from jsonb_populate_record(null::{name}, $1) "  # noqa: S608
+        f"on conflict ({quote(key)}) do update set {changes}"
+    )
+    try:
+        await pool.execute(sql, body.decode())
+    except (asyncpg.DataError, asyncpg.SyntaxOrAccessError, asyncpg.IntegrityConstraintViolationError) as error:
+        raise BadRequestError(str(error)) from None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The road to a server on this machine: a TCP relay that can be frozen, and closed for a while.
 
 What it carries it does not understand, so that everything stands still in a frozen one: handshakes, pings and closes.
+Only the first word is looked at, by which requests that write go to a server of their own.
 
 Layer: whole (dev). May import: nothing of this package.
 """
@@ -14,15 +15,16 @@ CHUNK: Final = 65_536
 
 
 class Road:
-    """Carries what reaches its `port` to `target`, a port of this machine, and back.
+    """Carries what reaches its `port` to `target`, a port of this machine, and back; a POST to `posts`.
 
-    Enter it after the server that it leads to.
+    Enter it after the servers that it leads to.
     """
 
     port: int
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, posts: int) -> None:
         self._target = target
+        self._posts = posts
         self._is_open = asyncio.Event()
         self._is_open.set()
         self._ends: set[asyncio.StreamWriter] = set()
@@ -61,9 +63,13 @@ class Road:
         ends = {writer}
         self._ends.add(writer)
         try:
-            there, back = await asyncio.open_connection("127.0.0.1", self._target)
+            first = await reader.read(CHUNK)
+            port = self._posts if first.startswith(b"POST ") else self._target
+            there, back = await asyncio.open_connection("127.0.0.1", port)
             ends.add(back)
             self._ends.add(back)
+            await self._is_open.wait()
+            back.write(first)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._pump(reader, back), name="there")
                 tasks.create_task(self._pump(there, writer), name="back")
