@@ -282,7 +282,8 @@ class Bridge:
         yield "gauge", "row_index_unread_tables", "Tables not all of whose rows are in the row index yet.", rows.unread
         yield "counter", "repaired", "Changes that were read back after a gap.", repair.told
         yield "counter", "repairs_failed", "Resyncs told in place of a repair.", repair.resyncs
-        yield "gauge", "tables_in_doubt", "Tables that are being repaired.", len(repair.deadlines)
+        in_doubt = len(repair.deadlines) if ingest.state.leading else 0
+        yield "gauge", "tables_in_doubt", "Tables that are being repaired.", in_doubt
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
 

@@ -47,6 +47,8 @@ REPAIR_SECONDS: Final = 20.0
 MOST_CHANGED: Final = 1_000
 MOST_BYTES: Final = 16 * 2**20
 """Of a table, more rows or bytes than this are better read by each reader for itself."""
+_FORGOTTEN_SECONDS: Final = 60.0
+"""A deadline that has passed so long ago is of a doubt that another process has taken over."""
 _KEYS_AT_ONCE: Final = 50
 _TOLD_AT_ONCE: Final = 500
 _PAUSE: Final = 1.0
@@ -73,7 +75,8 @@ class RepairState:
     Attributes:
         told: changes that were told as repaired, by this process.
         resyncs: told in place of a repair, by this process.
-        deadlines: table in doubt → when it is given up, by the loop's clock.
+        deadlines: table in doubt → when it is given up, by the loop's clock. They outlive a term, so that a link that
+            is made anew again and again cannot put them off.
     """
 
     told: int = 0
@@ -133,9 +136,11 @@ class Repairer:
 
     def doubt(self, tables: Iterable[str]) -> None:
         """Changes may be missing before what is appended next, and none behind that."""
+        now, deadlines = asyncio.get_running_loop().time(), self._state.deadlines
         for table in tables:
             self._rows.touched[table] = set()
-            self._state.deadlines.setdefault(table, asyncio.get_running_loop().time() + REPAIR_SECONDS)
+            if deadlines.get(table, 0.0) < now - _FORGOTTEN_SECONDS:
+                deadlines[table] = now + REPAIR_SECONDS
             self._doubted.set()
 
     def prove(self, proven_until: float) -> None:
@@ -224,22 +229,25 @@ class Repairer:
         touched = self._rows.touched[table]
         proven_until = (await self._broker.head()).proven_until
         relation = await self._relation(table, proven_until)
+        too_large = f"it has, or had, more than {self._limits.rows} rows"
         told = await self._broker.fields(table, most=self._limits.rows + MOST_CHANGED)
+        if told is None:
+            raise _UnprovableError(too_large)
         seen: set[str] = set()
         wanted: list[str] = []
         async with aclosing(self._reader.pages(relation)) as pages:
             async for page in pages:
                 fields = _fields(relation, page.rows)
                 seen |= fields.keys()
-                if told is None or len(seen) > self._limits.rows:
-                    raise _UnprovableError(f"it has, or had, more than {self._limits.rows} rows")
+                if len(seen) > self._limits.rows:
+                    raise _UnprovableError(too_large)
                 texts = await self._broker.rows(table, list(fields))
                 wanted += [
                     name
                     for (name, row), text in zip(fields.items(), texts, strict=True)
                     if text is None or self._differs(relation, text, row)
                 ]
-        wanted += [name for name in told or () if name not in seen]
+        wanted += [name for name in told if name not in seen]
         if len(wanted) > MOST_CHANGED:
             raise _UnprovableError(f"more than {MOST_CHANGED} of its rows have changed")
         return _Reading(relation, touched, int(proven_until * 1_000_000), await self._read(relation, wanted))
@@ -306,7 +314,7 @@ class Repairer:
                 await self._append([*([] if start else [_resync(table, reading.since)]), *changes])
                 told.rows.update(_fields(relation, [_short(c.new) for c in changes if c.new is not None]))
                 count += len(changes)
-        self._state.told += count
+                self._state.told += len(changes)
         if self._rows.touched.get(table) is reading.touched:
             self._settle(table)
             logger.info("read back after a gap", extra={"table": table, "changes": count})

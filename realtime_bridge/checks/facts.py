@@ -182,8 +182,8 @@ class Facts:
     """All of it.
 
     Attributes:
-        publication_name, slot_name, namespace, fact_seconds: as configured; `supabase_realtime` for the publication
-            that Supabase's own Realtime reads.
+        publication_name, slot_name, namespace, fact_seconds, repair_column: as configured; `supabase_realtime` for the
+            publication that Supabase's own Realtime reads.
         owned: whether publication and slot are the bridge's to look after.
     """
 
@@ -196,6 +196,7 @@ class Facts:
     slot_name: str
     namespace: str
     fact_seconds: float
+    repair_column: str
     owned: bool
 
     @cached_property

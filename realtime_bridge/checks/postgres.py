@@ -104,6 +104,7 @@ async def _read_facts(settings: Settings, database: Database, server: Server) ->
             slot_name=settings.slot,
             namespace=settings.namespace,
             fact_seconds=settings.fact_seconds,
+            repair_column=settings.repair_column,
             owned=owned,
         )
 

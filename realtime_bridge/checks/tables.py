@@ -200,9 +200,24 @@ def publish_whole(facts: Facts, about: Table) -> str:
 
 
 PUBLISHED_CHECKS: Final = (published, row_filter)
+
+
+def repair_column(facts: Facts, about: Table) -> Outcome | None:
+    """What Supabase Realtime did not tell is found by comparing rows."""
+    if facts.owned:
+        return None
+    if any(column.name == facts.repair_column for column in about.columns):
+        return ok(f"After a gap, changes of {about.name} are found by {facts.repair_column}, if a trigger sets it.")
+    return warning(
+        f"{about.name} has no column {facts.repair_column} (BRIDGE_REPAIR_COLUMN): after each gap of Realtime its "
+        "readers have to read it again. docs/quickstart-supabase.md has the SQL for the column and its trigger."
+    )
+
+
 TABLE_CHECKS: Final = (
     primary_key,
     replica_identity,
+    repair_column,
     columns,
     column_types,
     row_level_security,

@@ -173,8 +173,10 @@ class Link:
     def on_canary(self, canary: Canary, payload: PostgresChangesPayload) -> None:
         """A change for the binding of the canary's table."""
         data = payload["data"]
-        returned = None if data["errors"] else canary.hear(data.get("record") or {})
-        if returned is None or f"{data['schema']}.{data['table']}" != canary.table:
+        if f"{data['schema']}.{data['table']}" != canary.table or data["errors"]:
+            return
+        returned = canary.hear(data.get("record") or {})
+        if returned is None:
             return
         if returned.is_gap:
             self.doubt(ALL)

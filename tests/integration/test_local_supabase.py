@@ -32,9 +32,6 @@ SERVICE_KEY = "sb_secret_service"
 ANON_KEY = "sb_publishable_anon"
 
 
-CANARY = "create table canary (id text primary key, beat bigint not null)"
-
-
 def local(dsn: str, **others: Any) -> LocalSupabase:
     return LocalSupabase(dsn, jwt_secret=SECRET, service_key=SERVICE_KEY, anon_key=ANON_KEY, **others)
 

@@ -7,12 +7,12 @@ import pytest
 
 from realtime_bridge.broker.redis import RedisInfo
 from realtime_bridge.checks.clocks import clock_outcome
-from realtime_bridge.checks.facts import Access, Facts, Publication, Role, Server, Slot, Table
+from realtime_bridge.checks.facts import Access, Column, Facts, Publication, Role, Server, Slot, Table
 from realtime_bridge.checks.finding import Outcome, failed, find, ok, problem, skip, softened, warning
 from realtime_bridge.checks.redis import RedisFacts, redis_clock, redis_persistence, redis_version
 from realtime_bridge.checks.server import postgres_version, replication_slots, slot, slot_lag, wal_senders
 from realtime_bridge.checks.supabase import SUPABASE_CHECKS, Answer, realtime, refused_table, rest, rest_table
-from realtime_bridge.checks.tables import grant, policy
+from realtime_bridge.checks.tables import grant, policy, repair_column
 from realtime_bridge.checks.tokens import jwks, jwt_secret
 from realtime_bridge.errors import ConfigurationError, SourceError
 from realtime_bridge.jwks import parse_jwks
@@ -64,6 +64,7 @@ FACTS = Facts(
     slot_name="bridge",
     namespace="ours",
     fact_seconds=5,
+    repair_column="updated_at",
     owned=True,
 )
 REDIS = RedisFacts(RedisInfo("7.2.4", "noeviction", append_only=True, snapshots=True, replicas=0), "", 0.0)
@@ -318,3 +319,12 @@ def test_without_a_public_key_it_depends_on_what_stands_in_for_it(
     assert outcome.status == expected
     assert bool(outcome.fix) is (secret is None)
     assert ("kty or crv is not accepted" in outcome.detail) is (b"oct" in document)
+
+
+def test_a_table_that_cannot_be_repaired_is_named_where_that_matters() -> None:
+    supabase = replace(FACTS, owned=False)
+    dated = replace(TABLE, columns=(Column("updated_at", "timestamptz", "b", ""),))
+    assert status(repair_column(FACTS, TABLE)) is None
+    assert status(repair_column(supabase, TABLE)) == "warning"
+    assert status(repair_column(supabase, dated)) == "ok"
+    assert status(repair_column(replace(supabase, repair_column="version"), dated)) == "warning"

@@ -432,6 +432,11 @@ async def shrunk_from_much(scene: Scene) -> None:
     await scene.tell(*(insert(row(n)) for n in range(4, 12)))
 
 
+async def emptied_of_much(scene: Scene) -> None:
+    await shrunk_from_much(scene)
+    scene.tables.content[T].clear()
+
+
 async def changed_much(scene: Scene) -> None:
     scene.tables.put(*(row(n, "bob") for n in range(3)))
 
@@ -461,6 +466,7 @@ PROBLEMS = [
     (broken, "Postgres cannot be reached"),
     (grown, "more than 3 rows"),
     (shrunk_from_much, "more than 3 rows"),
+    (emptied_of_much, "more than 3 rows"),
     (changed_much, "more than 2 of its rows"),
     (changed_long, "too much of it"),
     (reshaped, "columns have changed"),
@@ -520,6 +526,18 @@ async def test_leaders_that_follow_each_other_do_not_put_off_the_end(monkeypatch
         await scene.source.fail()
         await scene.tell(doubts=[T])
         assert list(scene.ingest.state.repair.deadlines.values()) == [deadline]
+        await scene.prove()
+        assert len(told(await scene.behind(0))) == 1
+
+
+async def test_a_doubt_that_another_leader_has_taken_over_meanwhile_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with leading(monkeypatch, row(1)) as scene:
+        scene.tables.put(row(1, "bob"))
+        long_ago = asyncio.get_running_loop().time() - 3600
+        scene.ingest.state.repair.deadlines[T] = long_ago
+        await scene.tell(doubts=[T])
         await scene.prove()
         assert len(told(await scene.behind(0))) == 1
 
