@@ -54,14 +54,21 @@ async def beating(canary: Canary) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def watched(dsn: str, through: str = "postgres", name: str = "here") -> AsyncIterator[tuple[Reader, Canary]]:
+async def project(dsn: str, through: str = "postgres") -> AsyncIterator[tuple[LocalSupabase, Canary]]:
+    """A project with a canary that beats."""
     async with connected(dsn) as db:
         await db.execute(MAKE)
     async with local(dsn, POSTS, TABLE) as supabase, writing(through, dsn, supabase) as writer:
-        canary = Canary(TABLE, name, writer)
-        source = SupabaseSource(supabase.url, SERVICE_KEY, tables=[POSTS], canary=canary)
-        async with beating(canary), source.open(None, owner="test/1") as stream:
-            yield Reader(stream, supabase), canary
+        canary = Canary(TABLE, "here", writer)
+        async with beating(canary):
+            yield supabase, canary
+
+
+@asynccontextmanager
+async def listening(supabase: LocalSupabase, canary: Canary, after: str | None = None) -> AsyncIterator[Reader]:
+    source = SupabaseSource(supabase.url, SERVICE_KEY, tables=[POSTS], canary=canary)
+    async with source.open(after, owner="test/1") as stream:
+        yield Reader(stream, supabase)
 
 
 async def proven(reader: Reader, after: float) -> float:
@@ -74,7 +81,11 @@ async def proven(reader: Reader, after: float) -> float:
 
 @pytest.mark.parametrize("through", ["postgres", "supabase"])
 async def test_what_comes_back_proves_the_time_before_it_and_is_told_to_nobody(through: str, database: str) -> None:
-    async with connected(database) as db, watched(database, through) as (reader, canary):
+    async with (
+        connected(database) as db,
+        project(database, through) as (supabase, canary),
+        listening(supabase, canary) as reader,
+    ):
         first = await proven(reader, 0)
         assert await proven(reader, first) <= time.time()
         await insert(db, "told")
@@ -85,14 +96,18 @@ async def test_what_comes_back_proves_the_time_before_it_and_is_told_to_nobody(t
 
 
 async def test_changes_that_are_dropped_in_silence_for_a_while_are_a_doubt(database: str) -> None:
-    async with connected(database) as db, watched(database) as (reader, _):
+    async with (
+        connected(database) as db,
+        project(database) as (supabase, canary),
+        listening(supabase, canary) as reader,
+    ):
         await proven(reader, 0)
-        reader.supabase.drop(sys.maxsize)
+        supabase.drop(sys.maxsize)
         await insert(db, "dropped")
         before = await db.fetchval('select beat from "Canary"')
         await eventually(lambda: db.fetchval('select true from "Canary" where beat > $1', before))
         await asyncio.sleep(0.2)  # until that, too, is dropped
-        reader.supabase.drop(0)
+        supabase.drop(0)
         assert await reader.until(1) == [Doubt(POSTS)]
 
 
@@ -105,32 +120,32 @@ async def test_a_poller_that_falls_silent_while_heartbeats_are_answered_proves_n
     database: str, monkeypatch: pytest.MonkeyPatch, misbehave: Callable[[LocalSupabase], None]
 ) -> None:
     monkeypatch.setattr(supabase_canary, "RETURN_SECONDS", 3.0)  # longer than a heartbeat takes
-    async with watched(database) as (reader, canary):
-        await proven(reader, 0)
-        misbehave(reader.supabase)
-        silent_at = time.time()
-        with pytest.raises(SourceError, match="did not tell of the canary"):
-            await proven(reader, silent_at)
-        reader.supabase.drop(0)
-        source = SupabaseSource(reader.supabase.url, SERVICE_KEY, tables=[POSTS], canary=canary)
-        async with source.open("before", owner="test/2") as stream:
-            again = Reader(stream, reader.supabase)
+    async with project(database) as (supabase, canary):
+        async with listening(supabase, canary) as reader:
+            await proven(reader, 0)
+            misbehave(supabase)
+            silent_at = time.time()
+            with pytest.raises(SourceError, match="did not tell of the canary"):
+                await proven(reader, silent_at)
+        supabase.drop(0)
+        async with listening(supabase, canary, "before") as again:
             await proven(again, silent_at)
             assert again.told == [Doubt(POSTS)]
 
 
 async def test_several_bridges_on_one_project_hear_their_own_canaries(database: str) -> None:
-    async with watched(database, name="one") as (reader, _), Database(database) as other:
-        canary = Canary(TABLE, "two", postgres_writer(other.transaction, TABLE))
-        source = SupabaseSource(reader.supabase.url, SERVICE_KEY, tables=[POSTS], canary=canary)
-        async with beating(canary), source.open(None, owner="test/2") as stream:
-            both = [reader, Reader(stream, reader.supabase)]
-            for each in both:
+    async with connected(database) as db, project(database) as (supabase, canary), Database(database) as other:
+        second = Canary(TABLE, "there", postgres_writer(other.transaction, TABLE))
+        async with (
+            beating(second),
+            listening(supabase, canary) as reader,
+            listening(supabase, second) as another,
+        ):
+            for each in (reader, another):
                 await proven(each, await proven(each, 0))
-            async with connected(database) as db:
-                await db.execute("delete from \"Canary\" where id = 'two'")
-                await insert(db, "told")
-            for each in both:
+            await db.execute('delete from "Canary"')
+            await insert(db, "told")
+            for each in (reader, another):
                 await each.until(1)
                 assert each.told == each.changes
 

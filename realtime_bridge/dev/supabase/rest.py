@@ -74,7 +74,7 @@ async def upsert(pool: Pool, schema: str, table: str, query: str, body: bytes) -
     columns = {row[0] for row in await pool.fetch(_COLUMNS, name)}
     if not columns:
         raise NotFoundError(f"no table {schema}.{table}")
-    key = dict(parse_qsl(query)).get("on_conflict")
+    key = dict(parse_qsl(query)).get("on_conflict", "")
     row = orjson.loads(body)
     if not isinstance(row, dict) or key not in columns or not row.keys() <= columns:
         raise BadRequestError("not understood here")
