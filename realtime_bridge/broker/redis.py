@@ -249,6 +249,8 @@ class RedisBroker:
 
     async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
         """See `Broker.rows`."""
+        if not fields:  # which HMGET refuses
+            return []
         found: list[bytes | None] = await self._link.script("rows", *fields, tables=[table])
         return found or [None] * len(fields)
 

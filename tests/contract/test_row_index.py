@@ -22,6 +22,7 @@ async def test_rows_change_with_the_append_and_every_process_reads_them(brokers:
         await leader.append(token, changes(1), rows=[RowChange(T, "a", b"1"), RowChange(U, "a", b"\x00\xff")])
         assert await other.rows(T, ["a", "b"]) == [b"1", None]
         assert await other.rows(U, ["a"]) == [b"\x00\xff"]
+        assert await other.rows(U, []) == []
         await leader.append(token, [], rows=[RowChange(T, "b", b"2"), RowChange(T, "a"), RowChange(T, "b", b"3")])
         assert await other.rows(T, ["b", "a", "b"]) == [b"3", None, b"3"]
         assert (await other.head()).number == 1
