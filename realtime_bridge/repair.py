@@ -23,6 +23,7 @@ Layer: core. May import: words, canonical, pgoutput, policy.ordering, broker.bas
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -139,7 +140,7 @@ class Repairer:
         now, deadlines = asyncio.get_running_loop().time(), self._state.deadlines
         for table in tables:
             self._rows.touched[table] = set()
-            if deadlines.get(table, 0.0) < now - _FORGOTTEN_SECONDS:
+            if deadlines.get(table, -math.inf) < now - _FORGOTTEN_SECONDS:
                 deadlines[table] = now + REPAIR_SECONDS
             self._doubted.set()
 
