@@ -10,7 +10,7 @@ Layer: whole. May import: everything.
 import asyncio
 import logging
 import resource
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,24 +18,35 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import APIRouter
 
-from realtime_bridge.auth import Verifier
+from realtime_bridge.background import BackgroundTasks
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, UnavailableError
-from realtime_bridge.guarantee import Flow, Guarantor
+from realtime_bridge.guarantee import Guarantor
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.ingest import Ingest
-from realtime_bridge.jwks import GetUser, JwksKeySet
 from realtime_bridge.metrics import Metrics, Reading
-from realtime_bridge.policy.asking import Asking
-from realtime_bridge.policy.catalog import Catalog
+from realtime_bridge.parts import (
+    make_broker,
+    make_canary,
+    make_database,
+    make_get_user,
+    make_guarantor,
+    make_key_set,
+    make_policy,
+    make_slot_watch,
+    make_source,
+    make_table_reader,
+    make_ticket_store,
+    make_verifier,
+)
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.repair import RepairLimits
 from realtime_bridge.routes import make_router
 from realtime_bridge.settings import Settings
-from realtime_bridge.sources.base import Source, TableReader
-from realtime_bridge.tickets import MemoryTicketStore, RedisTicketStore, Tickets, TicketStore
+from realtime_bridge.sources.base import Source
+from realtime_bridge.tickets import Tickets
 from realtime_bridge.transports.events import EventsEndpoint
 from realtime_bridge.transports.requests import Credentials, origin_allowed
 from realtime_bridge.transports.uvicorn_protocol import RedactQuery
@@ -52,8 +63,6 @@ DEAF_AFTER_SECONDS: Final = 10.0
 """Without a proof for so long, what stands between the database and here counts as broken."""
 _SPARE_FILES: Final = 256
 _BEGIN_SECONDS: Final = 10.0
-_CANCEL_AGAIN_SECONDS: Final = 3.0
-"""Longer than any part takes to end."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,8 @@ class Bridge:
         settings = self.settings
         _keep_tokens_out_of_uvicorns_log()
         async with AsyncExitStack() as stack:
-            database = (
-                await stack.enter_async_context(Database(_secret(settings.database_url)))
-                if (settings.database_url is not None)
-                else None
-            )
+            if (database := make_database(settings)) is not None:
+                await stack.enter_async_context(database)
             policy = make_policy(settings, database)
             await policy.prepare()
             canary = make_canary(settings, database)
@@ -146,7 +152,7 @@ class Bridge:
             for part in (self._keys, self._get_user):
                 if part is not None:
                     await stack.enter_async_context(part)
-            tasks = await stack.enter_async_context(_BackgroundTasks())
+            tasks = await stack.enter_async_context(BackgroundTasks())
             self._running = running = self._assemble(broker, policy, source, canary, database, tasks)
             stack.callback(self._stop)
             tasks.forever("hub", running.hub.run)
@@ -169,7 +175,7 @@ class Bridge:
         source: Source,
         canary: "Canary | None",
         database: Database | None,
-        tasks: "_BackgroundTasks",
+        tasks: BackgroundTasks,
     ) -> Running:
         settings = self.settings
         hub = Hub(
@@ -287,49 +293,6 @@ class Bridge:
         yield "counter", "source_restarts", "Times the source had to be opened again.", ingest.state.restarts
 
 
-class _BackgroundTasks:
-    """The bridge's own task group: what runs for ever, and short work that connections ask for."""
-
-    async def __aenter__(self) -> "_BackgroundTasks":
-        self._group = asyncio.TaskGroup()
-        await self._group.__aenter__()
-        self._lasting: list[asyncio.Task[None]] = []
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        # Perhaps more than once: before Python 3.13 a task group that is cancelled while an error ends it forgets that.
-        while present := [task for task in self._lasting if not task.done()]:
-            for task in present:
-                task.cancel()
-            await asyncio.wait(present, timeout=_CANCEL_AGAIN_SECONDS)
-        await self._group.__aexit__(None, None, None)  # which would wrap an error of the block in a group
-
-    def forever(self, name: str, run: Any) -> asyncio.Task[None]:
-        """Run a coroutine function for ever; a fault of ours is logged, and it begins again."""
-
-        async def again() -> None:
-            while True:
-                try:
-                    await run()
-                except Exception:
-                    logger.exception("a part failed and begins again", extra={"part": name})
-                await asyncio.sleep(1)
-
-        self._lasting.append(self._group.create_task(again(), name=name))
-        return self._lasting[-1]
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run short work; a fault in it is logged, and ends nothing else."""
-
-        async def guarded() -> None:
-            try:
-                await work
-            except Exception:
-                logger.exception("answering a client failed")
-
-        self._group.create_task(guarded())
-
-
 def _keep_tokens_out_of_uvicorns_log() -> None:
     """Uvicorn's lines hold the address as it came; with its own protocol classes also that of a WebSocket."""
     for name in ("uvicorn.access", "uvicorn.error"):
@@ -355,150 +318,6 @@ async def _check(probe: Coroutine[Any, Any, object]) -> Check:
     except TimeoutError:
         return Check(False, "no answer within 2 s")
     return Check(True)
-
-
-def make_key_set(settings: Settings) -> JwksKeySet | None:
-    """The project's public keys, if there is a place to fetch them from."""
-    url = settings.supabase_jwks_url
-    if url is None and settings.supabase_url is not None:
-        url = settings.supabase_url.rstrip("/") + "/auth/v1/.well-known/jwks.json"
-    return None if url is None else JwksKeySet(url)
-
-
-def make_get_user(settings: Settings) -> GetUser | None:
-    """The project's own word on HS256 tokens, where its secret is not ours to know."""
-    key = _optional(settings.supabase_key)
-    if settings.supabase_jwt_secret is not None or settings.supabase_url is None or key is None:
-        return None
-    return GetUser(settings.supabase_url, key)
-
-
-def make_verifier(settings: Settings, keys: JwksKeySet | None = None, get_user: GetUser | None = None) -> Verifier:
-    """How tokens are verified with these settings."""
-    key = _optional(settings.supabase_key)
-    return Verifier(
-        secret=_optional(settings.supabase_jwt_secret),
-        keys=keys,
-        confirm=None if get_user is None else get_user.confirm,
-        audience=settings.audience,
-        issuer=settings.issuer,
-        roles=settings.roles,
-        configured_keys=() if key is None else (key,),
-    )
-
-
-def make_policy(settings: Settings, database: Database | None) -> PolicyEngine:
-    """Who decides what is seen with these settings."""
-    return PolicyEngine(
-        settings.tables,
-        settings.roles,
-        settings.policies,
-        None if database is None else Catalog(database.transaction),
-        None if database is None else Asking(database.transaction, settings.roles),
-        publication=settings.publication if settings.source_kind == "postgres" else None,
-        fact_seconds=settings.fact_seconds,
-    )
-
-
-def make_broker(settings: Settings) -> "RedisBroker | MemoryBroker":
-    """Where the history is kept with these settings."""
-    limits: Any = {  # of several types
-        "history_size": settings.history_size,
-        "history_bytes": settings.history_bytes,
-        "history_seconds": settings.history_seconds,
-        "row_index_bytes": settings.row_index_bytes,
-    }
-    if settings.redis_url is None:
-        return MemoryBroker(**limits)
-    from realtime_bridge.broker.redis import RedisBroker
-
-    return RedisBroker(settings.redis_url.get_secret_value(), namespace=settings.namespace, **limits)
-
-
-def make_guarantor(settings: Settings, broker: "RedisBroker | MemoryBroker", hub: Hub) -> Guarantor:
-    """Who says what is survived with these settings."""
-    ask = None if isinstance(broker, MemoryBroker) else broker.durability
-    return Guarantor(settings, ask, lambda: Flow(hub.counters.entries, hub.counters.entry_bytes))
-
-
-def make_ticket_store(broker: "RedisBroker | MemoryBroker") -> TicketStore:
-    """Where tickets are kept: beside the history, so that whoever reads that knows them."""
-    return MemoryTicketStore() if isinstance(broker, MemoryBroker) else RedisTicketStore(broker.link)
-
-
-def make_canary(settings: Settings, database: Database | None) -> "Canary | None":
-    """What proves the way of a change with these settings, if anything does."""
-    table = settings.canary_table
-    if table is None or settings.source_kind != "supabase":
-        return None
-    from realtime_bridge.sources.supabase_canary import Canary, postgres_writer, postgrest_writer
-
-    if database is not None:
-        return Canary(table, settings.namespace, postgres_writer(database.transaction, table))
-    assert settings.supabase_url is not None, "settings.require has looked"
-    writer = postgrest_writer(settings.supabase_url, _secret(settings.supabase_key), table)
-    return Canary(table, settings.namespace, writer)
-
-
-def make_source(
-    settings: Settings,
-    database: Database | None,
-    references: Callable[[], Collection[str]] = frozenset,
-    canary: "Canary | None" = None,
-) -> Source:
-    """Where changes come from with these settings; `references` are tables that are wanted besides."""
-    if settings.source_kind == "postgres":
-        from realtime_bridge.sources.postgres import PostgresSource
-
-        return PostgresSource(
-            _secret(settings.database_url),
-            slot=settings.slot,
-            publication=settings.publication,
-            tables=settings.tables,
-            transaction_rows=settings.transaction_rows,
-            references=references,
-        )
-    from realtime_bridge.sources.supabase import SupabaseSource
-
-    assert settings.supabase_url is not None, "settings.require has looked"
-    keys = None if database is None else database.primary_key
-    key = _secret(settings.supabase_key)
-    return SupabaseSource(settings.supabase_url, key, tables=settings.tables, keys=keys, canary=canary)
-
-
-def make_slot_watch(settings: Settings) -> "SlotWatch | None":
-    """What keeps the slot from filling the disk, with these settings."""
-    if settings.source_kind != "postgres":
-        return None
-    from realtime_bridge.sources.slot_watch import SlotWatch
-
-    return SlotWatch(
-        _secret(settings.database_url),
-        settings.slot,
-        most_bytes=settings.slot_bytes,
-        namespace=settings.namespace,
-    )
-
-
-def make_table_reader(settings: Settings, database: Database | None) -> TableReader:
-    """Who reads the tables themselves with these settings."""
-    if database is None:
-        from realtime_bridge.sources.supabase_tables import SupabaseTables
-
-        assert settings.supabase_url is not None, "settings.require has looked"
-        return SupabaseTables(settings.supabase_url, _secret(settings.supabase_key))
-    from realtime_bridge.sources.database_tables import DatabaseTables
-
-    return DatabaseTables(database.transaction, settings.publication if settings.source_kind == "postgres" else None)
-
-
-def _secret(value: Any) -> str:
-    assert value is not None, "settings.require has looked"
-    return str(value.get_secret_value())
-
-
-def _optional(value: Any) -> str | None:
-    return None if value is None else str(value.get_secret_value())
 
 
 def _affordable(wanted: int) -> int:

@@ -15,9 +15,9 @@ from uvicorn.supervisors import Multiprocess
 
 from realtime_bridge import logs
 from realtime_bridge.app import create_app
-from realtime_bridge.bridge import make_policy, make_source
 from realtime_bridge.database import Database
 from realtime_bridge.errors import ConfigurationError, UnavailableError
+from realtime_bridge.parts import make_policy, make_source
 from realtime_bridge.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ What it needs to know of Postgres is a column of a query in facts.py.
 Layer: whole. May import: everything but cli and app.
 """
 
-from realtime_bridge.bridge import make_source
 from realtime_bridge.checks.finding import Finding, failed
 from realtime_bridge.checks.fixes import apply_fixes
 from realtime_bridge.checks.postgres import look_at_postgres
 from realtime_bridge.checks.redis import look_at_redis
 from realtime_bridge.checks.supabase import look_at_supabase
 from realtime_bridge.checks.tokens import look_at_tokens
+from realtime_bridge.parts import make_source
 from realtime_bridge.settings import Settings
 
 __all__ = ["Finding", "apply_fixes", "failed", "run_checks"]

@@ -8,7 +8,6 @@ import uuid
 from contextlib import AsyncExitStack
 from typing import Final
 
-from realtime_bridge.bridge import make_policy
 from realtime_bridge.checks.evaluation import evaluation, followed
 from realtime_bridge.checks.facts import (
     SUPABASE_PUBLICATION,
@@ -36,6 +35,7 @@ from realtime_bridge.checks.tables import (
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BridgeError, ConfigurationError, SourceError
+from realtime_bridge.parts import make_policy
 from realtime_bridge.policy.asking import Asking
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.policy.explanation import decide_each

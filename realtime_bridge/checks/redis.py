@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from realtime_bridge.bridge import make_broker
 from realtime_bridge.broker.redis import RedisBroker, RedisInfo
 from realtime_bridge.broker.redis_link import Link
 from realtime_bridge.broker.redis_url import parse_redis_url
 from realtime_bridge.checks.clocks import clock_outcome
 from realtime_bridge.checks.finding import Finding, Outcome, find, ok, problem, skip, warning
 from realtime_bridge.errors import BrokerError, ConfigurationError
+from realtime_bridge.parts import make_broker
 from realtime_bridge.settings import Settings
 
 OLDEST_VERSION: Final = (6, 2)

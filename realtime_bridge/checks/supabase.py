@@ -18,10 +18,10 @@ from urllib.parse import quote as url_quote
 import httpx
 import jwt
 
-from realtime_bridge.bridge import make_source
 from realtime_bridge.checks.facts import SUPABASE_PUBLICATION, quote
 from realtime_bridge.checks.finding import Finding, Outcome, failed, find, ok, problem, skip, warning
 from realtime_bridge.errors import BridgeError, ConfigurationError, SourceError
+from realtime_bridge.parts import make_source
 from realtime_bridge.settings import Settings
 
 _REST_SECONDS: Final = 5.0

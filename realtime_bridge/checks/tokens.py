@@ -8,10 +8,10 @@ Layer: whole. May import: settings, errors, jwks, checks.*, bridge.
 from collections.abc import Sequence
 from typing import Final
 
-from realtime_bridge.bridge import make_get_user, make_key_set, make_verifier
 from realtime_bridge.checks.finding import Finding, Outcome, find, named, ok, problem, warning
 from realtime_bridge.errors import ConfigurationError, UnavailableError
 from realtime_bridge.jwks import Key
+from realtime_bridge.parts import make_get_user, make_key_set, make_verifier
 from realtime_bridge.settings import Settings
 
 _SECRET: Final = "SUPABASE_JWT_SECRET=<the project's JWT secret>"  # noqa: S105 - where it belongs

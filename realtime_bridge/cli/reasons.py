@@ -17,13 +17,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from realtime_bridge.bridge import make_policy
 from realtime_bridge.change import Change, Column, Entry, Image, Relation
 from realtime_bridge.checks.facts import quote
 from realtime_bridge.claims import Claims
 from realtime_bridge.cli.tail import printable
 from realtime_bridge.database import Database
 from realtime_bridge.errors import BadRequestError, ConfigurationError, ForbiddenError, NotFoundError
+from realtime_bridge.parts import make_policy
 from realtime_bridge.policy.asking import Asking
 from realtime_bridge.policy.blocks import in_array
 from realtime_bridge.policy.case import Case

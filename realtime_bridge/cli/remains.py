@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import typer
 
-from realtime_bridge.bridge import make_broker
 from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.broker.redis_link import Link
 from realtime_bridge.broker.redis_url import parse_redis_url
 from realtime_bridge.checks.facts import SUPABASE_PUBLICATION, quote, read_publication, read_slot
 from realtime_bridge.database import Connection, Database
 from realtime_bridge.errors import ConfigurationError, UnavailableError
+from realtime_bridge.parts import make_broker
 from realtime_bridge.settings import Settings
 
 

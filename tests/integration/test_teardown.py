@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from redis.asyncio import Redis
 
-from realtime_bridge.bridge import make_broker
 from realtime_bridge.change import Control
+from realtime_bridge.parts import make_broker
 from realtime_bridge.settings import Settings
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication
 from tests.bridges import PUBLICATION, environment

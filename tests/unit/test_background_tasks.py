@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
-from realtime_bridge import bridge
-from realtime_bridge.bridge import _BackgroundTasks
+from realtime_bridge import background
+from realtime_bridge.background import BackgroundTasks
 
 
 async def test_a_part_that_forgets_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "_CANCEL_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(background, "CANCEL_AGAIN_SECONDS", 0.01)
     begun = asyncio.Event()
     cancelled = 0
 
@@ -25,7 +25,7 @@ async def test_a_part_that_forgets_its_cancellation_is_cancelled_again(monkeypat
                     raise
 
     async with asyncio.timeout(10):
-        async with _BackgroundTasks() as tasks:
+        async with BackgroundTasks() as tasks:
             tasks.forever("forgetful", forgetful)
             await begun.wait()
     assert cancelled == 2

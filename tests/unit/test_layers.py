@@ -22,7 +22,7 @@ LAYERS = [
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
     ("core", ["ingest", "rows", "seeding", "repair", "hub", "guarantee"]),
     ("edges", ["transports", "rest"]),
-    ("whole", ["bridge", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
+    ("whole", ["bridge", "parts", "background", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
 ]
 PEERS_APART = [{"sources", "broker", "policy", "auth"}, {"transports", "rest"}]
 """Peers that must not know each other: what joins them stands above them. (`database` is what adapters share.)"""
