@@ -182,6 +182,8 @@ class CatchUp:
         self, subscription: Subscription, items: Sequence[Prepared], verdicts: Sequence[Verdict], most: int
     ) -> int:
         out: list[bytes] = []
+        if subscription.fresh is not None:
+            subscription.see_if_fresh()
         if subscription.owed is not None:
             self._pay(subscription, out)
         self._examine(subscription, zip(items, verdicts, strict=True), most, out)

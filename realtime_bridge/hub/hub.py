@@ -458,6 +458,7 @@ class Hub:
         if len(connection.subscriptions) >= MAX_SUBSCRIPTIONS:
             raise TooManyRequestsError(f"at most {MAX_SUBSCRIPTIONS} subscriptions a connection")
         number, owed, _, told, is_fresh = self._valid(start)
+        member = connection.member
         subscription = Subscription(
             connection,
             id_,
@@ -469,9 +470,8 @@ class Hub:
             by_hand=by_hand,
             owed=owed,
             came_told=told,
+            fresh=(member, member.learned) if is_fresh and not member.pending else None,
         )
-        if is_fresh and self._settler.is_settled(connection.member):
-            subscription.see()
         connection.subscriptions[id_] = subscription
         if by_hand is None:
             self._catch_up.resume(subscription)

@@ -65,7 +65,7 @@ class Settler:
             settled = iter([member for member in present if self.is_settled(member)])
             while members := list(islice(settled, MOST_AT_ONCE)):
                 try:
-                    await self._recall(members)
+                    await self._tell(members)  # what is answered is for those who come; these were told of all since
                 except BrokerError:
                     break
 
@@ -85,19 +85,28 @@ class Settler:
 
     async def _recall(self, members: Iterable[Member]) -> None:
         """Raises `BrokerError`."""
-        policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
-        known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
-        reached = max(number, self._standing.reached)
-        news = {table: reached if policy.is_followed(table) else reached + 1 for table in tables}
-        found = await self._broker.recall(
-            self._standing.epoch, [_sight(*what, number, news[what[1]]) for what in known]
-        )
-        for (member, table, digest, doubt), since in zip(known, found, strict=True):
+        reached = max(self._standing.number, self._standing.reached)
+        found = await self._tell(members)
+        for member, table, digest, doubt, since in found:
             # What lies further ahead is of a branch of the history that is cut off, or will be met and put in doubt.
             member.sights[table] = Seen(digest, min(since, max(reached, doubt) + 1))
             if doubt and member.doubts.get(table) == doubt and not member.pending:
                 del member.doubts[table]
                 member.confirmed.add(table)
+
+    async def _tell(self, members: Iterable[Member]) -> list[tuple[Member, str, str, int, int]]:
+        """Tell the broker what members see: member, table, digest, the doubt that it answers, and since when.
+
+        Raises:
+            BrokerError: it cannot be told now.
+        """
+        policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
+        known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
+        reached = max(number, self._standing.reached)
+        news = {table: reached if policy.is_followed(table) else reached + 1 for table in tables}
+        sights = [_sight(*what, number, news[what[1]]) for what in known]
+        found = await self._broker.recall(self._standing.epoch, sights)
+        return [(*what, since) for what, since in zip(known, found, strict=True)]
 
 
 def user_of(claims: Claims) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from realtime_bridge.change import ABSENT, Change, Control, Image, Relation, ResyncReason
 from realtime_bridge.errors import BadRequestError
 from realtime_bridge.filters import BoundFilter, Filter
-from realtime_bridge.policy.base import Seen
+from realtime_bridge.policy.base import Member, Seen
 from realtime_bridge.wire.native import Form
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Subscription:
         by_hand: whether its transport advances it (a long poll); called when there is something to read.
         owed: a resync of all its tables that must be sent before anything else; `number` means nothing meanwhile.
         came_told: as in `Position`, of the one that it came with.
+        fresh: of one that began at the present, what its reader is about to read: its member, and `Member.learned`.
         covered: table → number up to which a resync that was sent stands for everything.
         told: table → time of its newest resync.
         began: when it did, by the monotonic clock.
@@ -80,6 +81,7 @@ class Subscription:
     state: State = State.BEHIND
     owed: ResyncReason | None = None
     came_told: int = 0
+    fresh: tuple[Member, int] | None = None
     covered: dict[str, int] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
@@ -110,6 +112,13 @@ class Subscription:
         """The reader's copy, of some tables or of all, rests on what its member sees now."""
         sights = self.connection.member.sights
         self.seen.update({table: sights[table] for table in tables or sights if table in sights})
+
+    def see_if_fresh(self) -> None:
+        """Once its member is compared: whoever began at the present has nothing from a time with another token."""
+        member = self.connection.member
+        if self.fresh == (member, member.learned):
+            self.see()
+        self.fresh = None
 
     def concerns(self, resync: Control) -> bool:
         """Whether a resync is for it: one of readers since a time may not be."""

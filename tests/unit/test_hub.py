@@ -18,7 +18,7 @@ from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry,
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BrokerError, TooManyRequestsError
 from realtime_bridge.filters import parse_filter
-from realtime_bridge.hub import breath
+from realtime_bridge.hub import breath, settler
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import Reload, runs
@@ -98,17 +98,26 @@ class Reader:
 
 
 class ForkingBroker(MemoryBroker):
-    """A broker in memory that can lose its newest entries as a failover does."""
+    """A broker in memory that can lose its newest entries as a failover does.
+
+    Attributes:
+        recalled: what it was told of users' sights.
+    """
 
     def __init__(self, *, history_size: int = 1000) -> None:
         super().__init__(
             history_size=history_size, history_bytes=1 << 20, history_seconds=3600, row_index_bytes=1 << 20
         )
         self.forks: list[tuple[str, int]] = []
+        self.recalled: list[Sight] = []
         self.batch = 500
         self.down = False
         self.cuts_off = False
         self.poison = 0
+
+    async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
+        self.recalled += sights
+        return await super().recall(epoch, sights)
 
     def fork(self, number: int) -> None:
         self.forks.append((self._epoch, number))
@@ -785,6 +794,26 @@ async def test_whoever_begins_is_known_before_it_is_told_where() -> None:
         _, reader = await world.connect(CAL, position)
         await world.settled()
         assert (reader.resyncs, reader.keys) == ([], [1, 2])
+
+
+async def test_another_token_of_the_user_costs_nobody_a_resync_who_begins_or_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settler, "REMIND_SECONDS", 0.001)
+    async with running() as world:
+        readers = []
+        for team in ("red", "blue"):
+            start = await world.hub.locate(None, claims(team=team))
+            connection, reader = world.open(team=team)
+            world.hub.subscribe(connection, [POSTS], start)
+            readers.append(reader)
+        await world.settled()
+        for number in (1, 2):
+            world.broker.recalled.clear()
+            await eventually(lambda: len({s.digest for s in world.broker.recalled if s.table == POSTS}) == 2)
+            await world.append(insert(number))
+            await world.settled()
+        assert [(reader.keys, reader.resyncs) for reader in readers] == [([1, 2], [])] * 2
 
 
 async def test_a_poll_is_told_once_that_its_user_sees_otherwise_though_nothing_follows() -> None:
