@@ -1,8 +1,9 @@
-"""Decoder of pgoutput, the messages of logical replication, protocol version 1.
+"""Decoder of pgoutput, the messages of logical replication, protocol versions 1 and 2.
 
-Version 1 sends whole transactions after their commit, which is what a history of commits needs. Values stay text;
-an unchanged large value is `ABSENT`, not NULL. Every byte must be accounted for: what does not fit is an error, never
-a guess, since a misread row could be shown to the wrong user.
+Version 1 sends whole transactions after their commit. Version 2 also sends large ones in blocks while they are still
+running, with several under way at a time, each of which may yet be rolled back, whole or in part. Values stay text; an
+unchanged large value is `ABSENT`, not NULL. Every byte must be accounted for: what does not fit is an error, never a
+guess, since a misread row could be shown to the wrong user.
 
 Layer: pure. May import: errors, change.
 Sources: PostgreSQL documentation, "Logical Replication Message Formats"; src/backend/replication/logical/proto.c.
@@ -27,6 +28,9 @@ _COMMIT: Final = Struct("!BQQq")
 _COLUMN: Final = Struct("!Ii")
 _TRUNCATE: Final = Struct("!IB")
 _MESSAGE: Final = Struct("!BQ")
+_STREAM_START: Final = Struct("!IB")
+_STREAM_COMMIT: Final = Struct("!IBQQq")
+_STREAM_ABORT: Final = Struct("!II")
 
 _ABSENT_TAG: Final = ord("u")
 _NULL_TAG: Final = ord("n")
@@ -36,9 +40,11 @@ _OLD_KEY: Final = ord("K")
 _OLD_ROW: Final = ord("O")
 _NEW_ROW: Final = ord("N")
 
+_NAMED_IN_BLOCKS: Final = frozenset(b"RYIUDTM")
+
 
 class PgoutputError(SourceError):
-    """The bytes are not a message of pgoutput, protocol version 1. The only error that `decode` raises."""
+    """The bytes are not a message of pgoutput. The only error that this module raises."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"Postgres sent a replication message that cannot be read: {reason}")
@@ -64,6 +70,33 @@ class Commit(NamedTuple):
     commit_lsn: int
     end_lsn: int
     commit_time: int
+
+
+class StreamStart(NamedTuple):
+    """A block of a transaction that has not ended yet. `first`: nothing of it was sent before."""
+
+    xid: int
+    first: bool
+
+
+class StreamStop(NamedTuple):
+    """The block ends, the transaction goes on."""
+
+
+class StreamCommit(NamedTuple):
+    """A transaction that was sent in blocks is complete; the rest as in `Commit`."""
+
+    xid: int
+    commit_lsn: int
+    end_lsn: int
+    commit_time: int
+
+
+class StreamAbort(NamedTuple):
+    """What was sent under one of a transaction's ids was rolled back: all of it, if that is its own."""
+
+    xid: int
+    subxid: int
 
 
 class Origin(NamedTuple):
@@ -151,12 +184,25 @@ class LogicalMessage(NamedTuple):
 
 
 Message: TypeAlias = (
-    Begin | Commit | Origin | RelationMessage | TypeMessage | Insert | Update | Delete | Truncate | LogicalMessage
+    Begin
+    | Commit
+    | StreamStart
+    | StreamStop
+    | StreamCommit
+    | StreamAbort
+    | Origin
+    | RelationMessage
+    | TypeMessage
+    | Insert
+    | Update
+    | Delete
+    | Truncate
+    | LogicalMessage
 )
 
 
 def decode(data: bytes) -> Message:
-    """Decode one message: the payload of an XLogData frame.
+    """Decode one message: the payload of an XLogData frame, or what `split` makes of it.
 
     Raises:
         PgoutputError: it is of an unknown kind, cut short, too long, or not UTF-8.
@@ -173,6 +219,21 @@ def decode(data: bytes) -> Message:
     if end != len(data):
         raise PgoutputError(f"kind {data[:1]!r}: {len(data)} bytes long, {end} expected")
     return message
+
+
+def split(data: bytes) -> tuple[int, bytes]:
+    """Take a message within a block apart: the (sub)transaction that wrote it, and the message as outside of blocks.
+
+    The transaction is 0 for messages that never name theirs.
+
+    Raises:
+        PgoutputError: the message is cut short.
+    """
+    if not data or data[0] not in _NAMED_IN_BLOCKS:
+        return 0, data
+    if len(data) < 5:
+        raise PgoutputError(f"kind {data[:1]!r}: cut short")
+    return int.from_bytes(data[1:5], "big"), data[:1] + data[5:]
 
 
 def relation_id(data: bytes) -> int:
@@ -233,6 +294,24 @@ def _begin(data: bytes) -> tuple[Message, int]:
 def _commit(data: bytes) -> tuple[Message, int]:
     _flags, commit_lsn, end_lsn, time = _COMMIT.unpack_from(data, 1)
     return Commit(commit_lsn, end_lsn, time + POSTGRES_EPOCH), 1 + _COMMIT.size
+
+
+def _stream_start(data: bytes) -> tuple[Message, int]:
+    xid, first = _STREAM_START.unpack_from(data, 1)
+    return StreamStart(xid, bool(first)), 1 + _STREAM_START.size
+
+
+def _stream_stop(_data: bytes) -> tuple[Message, int]:
+    return StreamStop(), 1
+
+
+def _stream_commit(data: bytes) -> tuple[Message, int]:
+    xid, _flags, commit_lsn, end_lsn, time = _STREAM_COMMIT.unpack_from(data, 1)
+    return StreamCommit(xid, commit_lsn, end_lsn, time + POSTGRES_EPOCH), 1 + _STREAM_COMMIT.size
+
+
+def _stream_abort(data: bytes) -> tuple[Message, int]:
+    return StreamAbort(*_STREAM_ABORT.unpack_from(data, 1)), 1 + _STREAM_ABORT.size
 
 
 def _origin(data: bytes) -> tuple[Message, int]:
@@ -318,6 +397,10 @@ def _message(data: bytes) -> tuple[Message, int]:
 _DECODERS: Final[dict[int, Callable[[bytes], tuple[Message, int]]]] = {
     ord("B"): _begin,
     ord("C"): _commit,
+    ord("S"): _stream_start,
+    ord("E"): _stream_stop,
+    ord("c"): _stream_commit,
+    ord("A"): _stream_abort,
     ord("O"): _origin,
     ord("R"): _relation,
     ord("Y"): _type,

@@ -67,6 +67,12 @@ class BridgeProcess:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
+    def memory(self, what: str = "RssAnon") -> int:
+        """Bytes that the process has, where that can be told: by default those of its own. See proc_pid_status(5)."""
+        status = Path(f"/proc/{self.pid}/status")
+        found = re.search(rf"{what}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        return int(found[1]) * 1024 if found else 0
+
     def start(self) -> None:
         arguments = ["serve", "--port", str(self.port), *self._arguments]
         self._process = fork(arguments, self._environment, self._folder.name, self._log, self.plant)

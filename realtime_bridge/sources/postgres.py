@@ -18,6 +18,7 @@ from typing import Final
 import psycopg
 
 from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.sources.assembler import Assembler
 from realtime_bridge.sources.postgres_catalog import (
     Primary,
     SlotState,
@@ -29,7 +30,7 @@ from realtime_bridge.sources.postgres_catalog import (
 from realtime_bridge.sources.postgres_stream import PostgresStream, Start
 from realtime_bridge.sources.publication import ensure_publication, publication_repairs
 from realtime_bridge.sources.replication import Replication, System, connect, reason_of
-from realtime_bridge.sources.transactions import Assembler, Place, lsn_text, parse_watermark
+from realtime_bridge.sources.transactions import Place, lsn_text, parse_watermark
 
 __all__ = ["PostgresSource", "SlotStatus", "ensure_publication", "slot_status"]
 

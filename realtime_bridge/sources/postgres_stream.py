@@ -15,11 +15,11 @@ from typing import Final, NamedTuple, Self
 
 from realtime_bridge.change import Control
 from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.sources.assembler import Assembler
 from realtime_bridge.sources.base import SourceBatch
 from realtime_bridge.sources.postgres_catalog import Moment, Primary, translated
 from realtime_bridge.sources.replication import Data, Replication
 from realtime_bridge.sources.transactions import (
-    Assembler,
     BodyBuilder,
     Described,
     Place,

@@ -8,6 +8,7 @@ Sources: PostgreSQL documentation, "Streaming Replication Protocol"; libpq "Func
 """
 
 import asyncio
+import logging
 import re
 import time
 from struct import Struct
@@ -23,6 +24,8 @@ from realtime_bridge.errors import SourceError
 from realtime_bridge.pgoutput import POSTGRES_EPOCH
 from realtime_bridge.sources.transactions import lsn_text, parse_lsn
 
+logger = logging.getLogger(__name__)
+
 CONNECT_SECONDS: Final = 10
 _STATUS_SECONDS: Final = 2.0
 _SILENCE_SECONDS: Final = 60.0
@@ -33,6 +36,10 @@ _KEEPALIVE: Final = ord("k")
 _HEADER_BYTES: Final = 25
 _KEEPALIVE_FRAME: Final = Struct("!xQqB")
 _STATUS_FRAME: Final = Struct("!cQQQqB")
+
+_STREAMED: Final = "proto_version '2', streaming 'on'"
+"""Large transactions come while they run, so that the server does not have to keep them on its disk."""
+_WHOLE: Final = "proto_version '1'"
 
 
 class Data(NamedTuple):
@@ -88,15 +95,20 @@ class Replication:
     async def start(self, slot: str, publication: str, after: int, *, confirmed: int) -> None:
         """Begin to stream what was committed at or after an LSN; `confirmed` is what the slot stands at.
 
+        Large transactions come in blocks while they run, unless the server does not know how (before Postgres 14).
+
         Raises:
             psycopg.Error: the slot is in use, or cannot be read.
         """
         name = publication.replace('"', '""').replace("'", "''")
-        command = (
-            f'START_REPLICATION SLOT "{slot}" LOGICAL {lsn_text(after)}'
-            f" (proto_version '1', publication_names '\"{name}\"')"
-        )
-        await self._connection.execute(command.encode())
+        command = f'START_REPLICATION SLOT "{slot}" LOGICAL {lsn_text(after)} (publication_names \'"{name}"\', '
+        try:
+            await self._connection.execute(f"{command}{_STREAMED})".encode())
+        except psycopg.errors.ObjectInUse:
+            raise
+        except psycopg.Error as error:
+            await self._connection.execute(f"{command}{_WHOLE})".encode())
+            logger.info("large transactions come only after their commit", extra={"reason": reason_of(error)})
         self._heard = time.monotonic()
         self.flushed = confirmed
         self._tick()

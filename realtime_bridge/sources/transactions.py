@@ -1,36 +1,19 @@
-"""From pgoutput messages to transactions, and from transactions to the bodies of the history.
+"""Committed transactions, where they stand, and what they become in the history.
 
-Two steps, since between them lies a wait: a transaction can be decoded before anyone can see it. The assembler gathers
-what arrives, with bounded memory; the builder makes bodies of what has become visible, with the catalog as it is then.
+Gathering them from messages is one step (`sources.assembler`), making bodies of them another, since between the two
+lies a wait: a transaction can be decoded before anyone can see it. Bodies are made of what has become visible, with the
+catalog as it is then.
 
 Layer: adapters (without I/O). May import: words, pgoutput.
-Sources: src/backend/replication/logical/{reorderbuffer,proto}.c; SnapBuildXactNeedsSkip for the meaning of a place.
+Sources: src/backend/replication/logical/proto.c; SnapBuildXactNeedsSkip for the meaning of a place.
 """
 
-from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
 from realtime_bridge.change import ABSENT, Body, Change, Control, Image, Relation, ResyncReason
-from realtime_bridge.pgoutput import (
-    Begin,
-    Commit,
-    Delete,
-    Insert,
-    PgoutputError,
-    RelationMessage,
-    Truncate,
-    Update,
-    decode,
-    filled,
-    relation_id,
-)
-
-TRANSACTION_BYTES: Final = 64 << 20
-"""A transaction with more than this in its rows is told as `bulk`, however few they are."""
-
-_ROW_KINDS: Final = frozenset(b"IUD")
+from realtime_bridge.pgoutput import Delete, Insert, RelationMessage, Truncate, Update, filled
 
 RowMessage: TypeAlias = Insert | Update | Delete | Truncate
 
@@ -40,7 +23,8 @@ class Place(NamedTuple):
 
     Attributes:
         lsn: the reader has every transaction whose commit record starts before it,
-        ordinal: and of the one that starts there so many row messages, whatever their tables.
+        ordinal: and of the one that starts there so many row messages, whatever their tables, of those that were
+            not rolled back.
     """
 
     lsn: int
@@ -87,15 +71,16 @@ class Transaction:
     """A committed transaction, as far as it concerns the configured tables.
 
     Attributes:
-        rows: empty once it is `bulk`.
-        bulk: it was over the limit; then only its tables are known.
+        bulk: it was over a bound; then it has no rows, only tables.
+        size: bytes that the rows had on the wire.
+        tables: only if it is `bulk`.
         descriptions: the distinct table descriptions that its rows refer to, by identity.
     """
 
     xid: int
     commit_lsn: int
     commit_time: int
-    end_lsn: int = 0
+    end_lsn: int
     bulk: bool = False
     size: int = 0
     rows: list[Row] = field(default_factory=list)
@@ -105,131 +90,6 @@ class Transaction:
     def place(self, ordinal: int) -> str:
         """Where a row stood, for people."""
         return f"{lsn_text(self.commit_lsn)}:{ordinal} xid {self.xid}"
-
-
-class Assembler:
-    """Gathers messages into transactions; only the tables that are wanted cost memory.
-
-    Args:
-        tables: `schema.table` each.
-        references: further tables that are wanted now; asked for every row, since they change.
-
-    Attributes:
-        ready: complete transactions with something to tell, oldest first. Whoever takes them bounds them.
-        ready_rows: how many rows they have in all.
-        ready_bytes: how many bytes those had on the wire.
-        reached: every transaction whose commit record starts before this LSN has been received.
-    """
-
-    def __init__(
-        self,
-        tables: Collection[str],
-        *,
-        after: Place,
-        transaction_rows: int,
-        transaction_bytes: int = TRANSACTION_BYTES,
-        references: Callable[[], Collection[str]] = frozenset,
-    ) -> None:
-        self.ready: deque[Transaction] = deque()
-        self.ready_rows = 0
-        self.ready_bytes = 0
-        self.reached = after.lsn
-        self._tables = frozenset(tables)
-        self._after = after
-        self._max_rows = transaction_rows
-        self._max_bytes = transaction_bytes
-        self._references = references
-        self._relations: dict[int, tuple[RelationMessage, str]] = {}
-        self._open: Transaction | None = None
-        self._ordinal = 0
-
-    def keepalive(self, wal_end: int) -> None:
-        """The server has sent everything up to here; within a transaction that says nothing new."""
-        if self._open is None:
-            self.reached = max(self.reached, wal_end)
-
-    def feed(self, data: bytes) -> None:
-        """Take in one message.
-
-        Raises:
-            PgoutputError: it cannot be read, or does not belong here.
-        """
-        if data and data[0] in _ROW_KINDS:
-            self._row(data)
-            return
-        match decode(data):
-            case Begin() as begin:
-                self._begin(begin)
-            case Commit() as commit:
-                self._commit(commit)
-            case RelationMessage() as relation:
-                self._relations[relation.id] = relation, f"{relation.schema}.{relation.table}"
-            case Truncate() as truncate:
-                self._ordinal += 1
-                for oid in truncate.relation_ids:
-                    self._collect(self._relation(oid), truncate, len(data))
-            case _:
-                pass  # origins, type names and messages of other programs say nothing about rows
-
-    def take(self) -> Transaction:
-        """Remove the oldest ready transaction."""
-        transaction = self.ready.popleft()
-        self.ready_rows -= len(transaction.rows)
-        self.ready_bytes -= transaction.size
-        return transaction
-
-    def _begin(self, begin: Begin) -> None:
-        if self._open is not None:
-            raise PgoutputError("a transaction within a transaction")
-        self._open = Transaction(begin.xid, begin.commit_lsn, begin.commit_time)
-        self._ordinal = 0
-
-    def _commit(self, commit: Commit) -> None:
-        transaction = self._open
-        if transaction is None:
-            raise PgoutputError("a commit without a transaction")
-        self._open = None
-        transaction.end_lsn = commit.end_lsn
-        self.reached = max(self.reached, commit.end_lsn)
-        if transaction.rows or transaction.bulk:
-            self.ready.append(transaction)
-            self.ready_rows += len(transaction.rows)
-            self.ready_bytes += transaction.size
-
-    def _relation(self, oid: int) -> RelationMessage | None:
-        """The description of a table that is wanted."""
-        try:
-            relation, name = self._relations[oid]
-        except KeyError:
-            raise PgoutputError(f"a row of table {oid}, which was not described") from None
-        return relation if name in self._tables or name in self._references() else None
-
-    def _row(self, data: bytes) -> None:
-        self._ordinal += 1
-        relation = self._relation(relation_id(data))
-        if relation is None:
-            return
-        message = decode(data)
-        assert isinstance(message, (Insert, Update, Delete))
-        self._collect(relation, message, len(data))
-
-    def _collect(self, relation: RelationMessage | None, message: RowMessage, size: int) -> None:
-        transaction = self._open
-        if transaction is None:
-            raise PgoutputError("a row outside of a transaction")
-        if relation is None or (transaction.commit_lsn, self._ordinal) <= self._after:
-            return
-        transaction.tables[f"{relation.schema}.{relation.table}"] = None
-        if transaction.bulk:
-            return
-        transaction.rows.append(Row(self._ordinal, relation, message, size))
-        transaction.descriptions[id(relation)] = relation
-        transaction.size += size
-        if len(transaction.rows) > self._max_rows or transaction.size > self._max_bytes:
-            transaction.bulk = True
-            transaction.rows.clear()
-            transaction.descriptions.clear()
-            transaction.size = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,11 +107,11 @@ async def test_slow_readers_cost_nobody_else_and_catch_up(
         quick = await stack.enter_async_context(open_socket(bridge.url, token(ADA)))
         assert (await receive(quick))["type"] == "ready"
         reading = [asyncio.create_task(read(link)) for link in links]
-        before = memory(bridge)
+        before = bridge.memory()
         await write(way, ROWS)
         assert [(await receive_data(quick))["record"]["title"] for _ in range(ROWS)] == [str(n) for n in range(ROWS)]
         await eventually(lambda: are_behind(bridge, SLOW))
-        assert memory(bridge) - before < SLOW * ALL_BYTES / 3
+        assert bridge.memory() - before < SLOW * ALL_BYTES / 3
         read_for_them = await metric(bridge, "delivered_total")
         await write(way, 1)
         assert (await receive_data(quick))["record"]["title"] == "0"
@@ -132,13 +132,6 @@ async def ended(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 async def are_behind(bridge: BridgeProcess, count: int) -> bool:
     return await metric(bridge, "subscriptions_behind") == count
-
-
-def memory(bridge: BridgeProcess) -> int:
-    """Bytes that the process has of its own, where that can be told."""
-    status = Path(f"/proc/{bridge.pid}/status")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
 
 
 # -- who vanishes --------------------------------------------------------------------------------------------------

@@ -641,21 +641,22 @@ async def test_what_is_proven_was_given(db: Database) -> None:
                         break
 
 
-async def test_a_commit_is_not_told_before_it_can_be_seen(namespace: str) -> None:
-    with running(EmbeddedPostgres()) as server:
+@pytest.mark.parametrize("rows", [1, 2000], ids=["sent whole", "sent in blocks"])
+async def test_a_commit_is_not_told_before_it_can_be_seen(namespace: str, rows: int) -> None:
+    with running(EmbeddedPostgres(options={"logical_decoding_work_mem": "64kB"})) as server:
         admin = await asyncpg.connect(server.dsn())
         try:
             await admin.execute("CREATE TABLE posts (id int PRIMARY KEY)")
             async with opened(server.dsn(), namespace) as db, db.source().open(None, owner="ns/1") as stream:
-                await commit_that_waits_for_a_standby(admin, db, stream)
+                await commit_that_waits_for_a_standby(admin, db, stream, rows)
         finally:
             await admin.close()
 
 
-async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: PostgresStream) -> None:
+async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: PostgresStream, rows: int) -> None:
     await set_standbys(admin, "nobody")
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(db.run("INSERT INTO posts VALUES (1)"))
+        tasks.create_task(db.run(f"INSERT INTO posts SELECT generate_series(1, {rows})"))
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         await eventually(lambda: admin.fetchval(waiting))
         sent = "SELECT sent_lsn >= pg_current_wal_lsn() FROM pg_stat_replication"
@@ -664,9 +665,10 @@ async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: Post
         assert bodies(held) == []
         assert await admin.fetchval("SELECT count(*) FROM posts") == 0
         await set_standbys(admin, "")
-        (change,) = await read(stream, 1)
-        assert change.new == ("1",)
-        assert await admin.fetchval("SELECT count(*) FROM posts") == 1
+        assert [change.new for change in await read(stream, rows)] == [(str(n),) for n in range(1, rows + 1)]
+        assert await admin.fetchval("SELECT count(*) FROM posts") == rows
+        streamed = "SELECT stream_txns FROM pg_stat_replication_slots WHERE slot_name = $1"
+        assert await admin.fetchval(streamed, db.slot) == (rows > 1)
 
 
 async def set_standbys(admin: Any, names: str) -> None:

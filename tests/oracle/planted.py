@@ -18,7 +18,8 @@ from realtime_bridge.hub.hub import Hub
 from realtime_bridge.policy.base import Audience
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.policy.knowledge import Knowledge
-from realtime_bridge.sources.transactions import Assembler, BodyBuilder
+from realtime_bridge.sources.assembler import Assembler
+from realtime_bridge.sources.transactions import BodyBuilder
 from realtime_bridge.wire.native import Form
 
 

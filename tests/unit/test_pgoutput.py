@@ -19,13 +19,19 @@ from realtime_bridge.pgoutput import (
     PgoutputError,
     RelationColumn,
     RelationMessage,
+    StreamAbort,
+    StreamCommit,
+    StreamStart,
+    StreamStop,
     Truncate,
     TypeMessage,
     Update,
     decode,
     filled,
     relation_id,
+    split,
 )
+from tests.pgoutputs import STREAM_STOP, stream_abort, stream_commit, stream_start, within
 
 
 def row(image: Image) -> bytes:
@@ -91,6 +97,28 @@ def test_the_rarer_messages_are_read() -> None:
     assert decode(content) == LogicalMessage(True, 9, "app", b"hi")
 
 
+def test_what_bounds_a_streamed_transaction_is_read() -> None:
+    assert decode(stream_start(771)) == StreamStart(771, first=True)
+    assert decode(stream_start(771, first=False)) == StreamStart(771, first=False)
+    assert decode(STREAM_STOP) == StreamStop()
+    assert decode(stream_commit(771, 100)) == StreamCommit(771, 100, 110, POSTGRES_EPOCH)
+    assert decode(stream_abort(771, 772)) == StreamAbort(771, 772)
+
+
+@pytest.mark.parametrize(
+    "message", [b"I" + OID + b"N" + row(("1",)), relation(), b"T" + struct.pack("!IB", 1, 0) + OID]
+)
+def test_a_message_within_a_block_is_one_that_names_its_transaction(message: bytes) -> None:
+    assert split(within(771, message)) == (771, message)
+    with pytest.raises(PgoutputError):
+        split(within(771, message)[:4])
+
+
+def test_a_message_that_never_names_its_transaction_is_left_as_it_is() -> None:
+    for message in (STREAM_STOP, b"O" + bytes(9), b""):
+        assert split(message) == (0, message)
+
+
 def test_an_unchanged_large_value_takes_the_value_of_the_old_row() -> None:
     assert filled(("1", ABSENT, None), ("1", "large", "old")) == ("1", "large", None)
     assert filled(("1", ABSENT), ("1", ABSENT)) == ("1", ABSENT)
@@ -101,7 +129,10 @@ def test_an_unchanged_large_value_takes_the_value_of_the_old_row() -> None:
     [
         b"",
         b"?",
-        b"S" + bytes(5),  # streamed transactions belong to protocol version 2
+        b"S" + bytes(4),
+        b"E\0",
+        b"c" + bytes(28),
+        b"A" + bytes(16),  # with LSN and time, as in version 4
         b"B",
         b"I" + OID + b"K" + row(("1",)),
         b"I" + OID + b"N" + row(("1",)) + b"more",
@@ -120,7 +151,7 @@ def test_what_is_not_a_message_is_refused(data: bytes) -> None:
         decode(data)
 
 
-@given(st.sampled_from(b"BCORYIUDTM?"), st.binary())
+@given(st.sampled_from(b"BCSEcAORYIUDTM?"), st.binary())
 def test_random_bytes_raise_one_error_only(kind: int, rest: bytes) -> None:
     with contextlib.suppress(PgoutputError):
         decode(bytes([kind]) + rest)

@@ -1,16 +1,15 @@
 """Transactions are gathered with bounded memory, and become bodies whose places mean the same at every reading."""
 
-import struct
 from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime_bridge.change import ABSENT, Change, Column, Control, Image, Relation
+from realtime_bridge.change import ABSENT, Change, Column, Control, Relation
 from realtime_bridge.pgoutput import PgoutputError, RelationMessage
+from realtime_bridge.sources.assembler import Assembler
 from realtime_bridge.sources.transactions import (
-    Assembler,
     BodyBuilder,
     Described,
     Place,
@@ -21,53 +20,21 @@ from realtime_bridge.sources.transactions import (
     parse_watermark,
     watermark_text,
 )
+from tests.pgoutputs import (
+    DESCRIPTIONS,
+    NOTES,
+    POSTS,
+    begin,
+    commit,
+    delete,
+    insert,
+    relation,
+    truncate,
+    update,
+)
 
-POSTS, NOTES = 7, 8
 START = Place(0, 0)
 TABLES = ["public.posts"]
-
-
-def begin(lsn: int, xid: int = 1) -> bytes:
-    return b"B" + struct.pack("!QqI", lsn, 0, xid)
-
-
-def commit(lsn: int) -> bytes:
-    return b"C" + struct.pack("!BQQq", 0, lsn, lsn + 10, 0)
-
-
-def relation(oid: int, name: str, identity: str = "d") -> bytes:
-    columns = b"\1id\0" + struct.pack("!Ii", 20, -1) + b"\0title\0" + struct.pack("!Ii", 25, -1)
-    return b"R" + struct.pack("!I", oid) + b"public\0" + name.encode() + b"\0" + identity.encode() + b"\0\2" + columns
-
-
-def row(image: Image) -> bytes:
-    data = struct.pack("!H", len(image))
-    for value in image:
-        if isinstance(value, str):
-            data += b"t" + struct.pack("!I", len(value)) + value.encode()
-        else:
-            data += b"n" if value is None else b"u"
-    return data
-
-
-def insert(key: str, oid: int = POSTS) -> bytes:
-    return b"I" + struct.pack("!I", oid) + b"N" + row((key, "x"))
-
-
-def delete(key: str) -> bytes:
-    return b"D" + struct.pack("!I", POSTS) + b"K" + row((key, None))
-
-
-def update(old: Image | None, new: Image, tag: bytes = b"K") -> bytes:
-    before = b"" if old is None else tag + row(old)
-    return b"U" + struct.pack("!I", POSTS) + before + b"N" + row(new)
-
-
-def truncate(*oids: int) -> bytes:
-    return b"T" + struct.pack("!IB", len(oids), 0) + b"".join(struct.pack("!I", oid) for oid in oids)
-
-
-DESCRIPTIONS = [relation(POSTS, "posts"), relation(NOTES, "notes")]
 
 
 def assembled(messages: Iterable[bytes], *, after: Place = START, rows: int = 100, size: int = 10**6) -> Assembler:
