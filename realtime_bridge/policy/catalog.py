@@ -56,6 +56,7 @@ class CatalogTable:
     """A table as the database describes it.
 
     Attributes:
+        oid: of another table, once one of the same name has taken its place: then its rows are others, too.
         columns: name → type, in column order; without generated ones, which changes do not bring.
         declared: name → how the column is declared, for these and the generated ones.
         key: the columns of the primary key, in its order; empty if there is none.
@@ -71,6 +72,7 @@ class CatalogTable:
     """
 
     name: str
+    oid: int
     columns: Mapping[str, ColumnType]
     declared: Mapping[str, Declared]
     key: tuple[str, ...]
@@ -90,7 +92,7 @@ class CatalogTable:
 
     @cached_property
     def digest(self) -> str:
-        """Of the content: equal exactly if nothing that verdicts rest on differs."""
+        """Of the content: equal exactly if it is the same table, and nothing that verdicts rest on differs."""
         columns = [
             (name, c.schema, c.name, None if c.labels is None else sorted(c.labels), c.exact)
             for name, c in self.columns.items()
@@ -98,7 +100,7 @@ class CatalogTable:
         policies = [(p.name, p.permissive, p.expression, sorted(p.roles)) for p in self.policies]
         roles = (sorted(self.granted), sorted(self.exempt), sorted(self.readers))
         selectable = sorted((role, sorted(names)) for role, names in self.columns_of.items())
-        shape = (self.name, columns, list(self.declared.items()), self.key, self.row_security)
+        shape = (self.name, self.oid, columns, list(self.declared.items()), self.key, self.row_security)
         content = (shape, policies, roles, selectable, self.reached)
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
@@ -214,6 +216,7 @@ def _table(
     keyed = sorted((column["place"], column["name"]) for column in columns if column["place"] is not None)
     return CatalogTable(
         name=row["name"],
+        oid=row["oid"],
         columns={name: _column_type(column) for name, column in brought.items()},
         declared={column["name"]: Declared(column["declared"], column["collation"] or "") for column in columns},
         key=tuple(name for _, name in keyed),

@@ -30,7 +30,7 @@ from realtime_bridge.sources.postgres_catalog import (
 from realtime_bridge.sources.postgres_stream import PostgresStream, Start
 from realtime_bridge.sources.publication import ensure_publication, publication_repairs
 from realtime_bridge.sources.replication import Replication, System, connect, reason_of
-from realtime_bridge.sources.transactions import Place, lsn_text, parse_watermark
+from realtime_bridge.sources.transactions import Place, Watermark, lsn_text
 
 __all__ = ["PostgresSource", "SlotStatus", "ensure_publication", "slot_status"]
 
@@ -108,8 +108,9 @@ class PostgresSource:
                     transaction_rows=self._transaction_rows,
                     references=self._references,
                 )
+                ask = partial(primary.moment, self._publication, self._tables)
                 verify = partial(self._refuse_unpublished, primary)
-                yield PostgresStream(primary, replication, assembler, start, self._tables, verify)
+                yield PostgresStream(primary, replication, assembler, start, self._tables, ask, verify)
 
     async def _refuse_unpublished(self, primary: Primary) -> None:
         repairs = await publication_repairs(primary, self._publication, self._tables)
@@ -193,14 +194,14 @@ class PostgresSource:
         """Where to begin, and whether that continues the history."""
         incarnation = f"{system.id}/{system.timeline}/{self._slot}"
         fresh = Place(state.confirmed, 0)
-        watermark = None if after is None else parse_watermark(after)
-        if watermark is None or watermark[0] != incarnation:
-            return Start(incarnation, fresh, state.confirmed, gap=after is not None)
-        place = watermark[1]
+        watermark = None if after is None else Watermark.parse(after)
+        if watermark is None or watermark.incarnation != incarnation:
+            return Start(incarnation, None, fresh, state.confirmed, gap=after is not None)
+        place = watermark.place
         # Somebody else read on behind us, or the server went back to before what it had sent.
         if place.lsn < state.confirmed or place.lsn > system.flushed:
-            return Start(incarnation, fresh, state.confirmed, gap=True)
-        return Start(incarnation, place, state.confirmed, gap=False)
+            return Start(incarnation, watermark.published, fresh, state.confirmed, gap=True)
+        return Start(incarnation, watermark.published, place, state.confirmed, gap=False)
 
     async def _try_to_start(self, replication: Replication, start: Start) -> bool:
         """Whether the stream runs now; False if somebody was quicker."""

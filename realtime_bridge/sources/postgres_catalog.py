@@ -5,7 +5,7 @@ Sources: PostgreSQL documentation, "System Catalogs", "System Information Functi
 XLogBytePosToRecPtr in src/backend/access/transam/xlog.c.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
@@ -39,10 +39,14 @@ class Snapshot(NamedTuple):
     xmax: int
     running: frozenset[int]
 
+    def full(self, xid: int) -> int:
+        """The nearest transaction id of 64 bits to one of 32."""
+        distance = (xid - self.xmax) & 0xFFFFFFFF
+        return self.xmax + (distance if distance < 1 << 31 else distance - (1 << 32))
+
     def shows(self, xid: int) -> bool:
         """Whether a committed transaction is visible. `xid` has 32 bits; the nearest 64-bit one is meant."""
-        distance = (xid - self.xmax) & 0xFFFFFFFF
-        full = self.xmax + (distance if distance < 1 << 31 else distance - (1 << 32))
+        full = self.full(xid)
         return full < self.xmin or (full < self.xmax and full not in self.running)
 
     @classmethod
@@ -60,12 +64,15 @@ class Moment(NamedTuple):
         written: the LSN where the WAL written by then ends. A stream that has reached it has all that was committed.
         snapshot: what is visible, read last.
         rights: differs from an earlier one if what the snapshot shows of policies, grants and roles does.
+        published: table → the transaction (64 bits) that has last put it into the publication, or changed what of it is
+            published. Tables that are not published are left out.
     """
 
     time: float
     written: int
     snapshot: Snapshot
     rights: str
+    published: Mapping[str, int]
 
 
 class SlotState(NamedTuple):
@@ -179,13 +186,15 @@ class Primary:
             return None
         return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
-    async def moment(self, tables: Sequence[str]) -> Moment:
+    async def moment(self, publication: str, tables: Sequence[str]) -> Moment:
         """Read clock, WAL and snapshot, in this order, and the rights on these tables."""
         if self._moment is None:  # not earlier: behind a pooler there is nothing to prepare on
             self._moment = await self.connection.prepare(_MOMENT)
-        row = await self._moment.fetchrow(tables)
+        row = await self._moment.fetchrow(tables, publication)
         assert row is not None
-        return Moment(row[0], end_of_record(row[1], self._block, self._segment), Snapshot.parse(row[2]), row[3])
+        snapshot = Snapshot.parse(row[2])
+        published = {name: max(map(snapshot.full, xids)) for name, *xids in row[4]}
+        return Moment(row[0], end_of_record(row[1], self._block, self._segment), snapshot, row[3], published)
 
     async def flush(self, written: int) -> None:
         """Have WAL written to disk that nobody waits for: the walsender sends only what is on disk.
@@ -324,7 +333,22 @@ _MOMENT: Final = """
                           FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'auth'
                           WHERE p.proname IN ('uid', 'role', 'email', 'jwt')
                 UNION ALL SELECT concat('role ', oid, rolname, rolsuper, rolinherit, rolbypassrls) FROM pg_roles
-            ) AS version(version))
+            ) AS version(version)),
+           ARRAY(
+                SELECT (wanted.name, member.x::text::int8, p.xmin::text::int8)
+                FROM unnest($1::text[]) AS wanted(name)
+                JOIN pg_namespace n ON n.nspname = split_part(wanted.name, '.', 1)
+                JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(wanted.name, '.', 2)
+                JOIN pg_publication p ON p.pubname = $2 AND pubinsert AND pubupdate AND pubdelete AND pubtruncate
+                CROSS JOIN LATERAL (
+                    SELECT p.xmin WHERE p.puballtables
+                    UNION ALL SELECT r.xmin FROM pg_publication_rel r
+                              WHERE r.prpubid = p.oid
+                                AND r.prrelid IN (SELECT c.oid UNION ALL SELECT pg_partition_ancestors(c.oid))
+                    UNION ALL SELECT s.xmin FROM pg_publication_namespace s
+                              WHERE s.pnpubid = p.oid AND s.pnnspid = n.oid
+                ) AS member(x)
+            )
     FROM (SELECT clock_timestamp() AS now OFFSET 0) clock
 """
 

@@ -9,6 +9,7 @@ Sources: PostgreSQL documentation, "Streaming Replication Protocol"; ProcArrayEn
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple, Self
@@ -25,8 +26,10 @@ from realtime_bridge.sources.transactions import (
     Place,
     Placed,
     Transaction,
-    watermark_text,
+    Watermark,
 )
+
+logger = logging.getLogger(__name__)
 
 BATCH_BODIES: Final = 1000
 BATCH_BYTES: Final = 1 << 20
@@ -43,11 +46,13 @@ class Start(NamedTuple):
     """Where a stream begins.
 
     Attributes:
+        published: as in `Watermark`; None where what the history has says nothing of it.
         confirmed: what the slot has been told not to need any more.
         gap: it cannot be proven that this continues the history.
     """
 
     incarnation: str
+    published: int | None
     after: Place
     confirmed: int
     gap: bool
@@ -61,6 +66,14 @@ class _Proof(NamedTuple):
     asked_at: float
 
 
+class _Doubt(NamedTuple):
+    """Of these tables changes were not published; once everything up to `written` is given on, that is told."""
+
+    tables: tuple[str, ...]
+    published: int
+    written: int
+
+
 class PostgresStream:
     """An open `postgres` source; see `SourceStream`. Cancelling the iteration loses nothing."""
 
@@ -71,6 +84,7 @@ class PostgresStream:
         assembler: Assembler,
         start: Start,
         tables: Sequence[str],
+        ask: Callable[[], Awaitable[Moment]],
         verify: Callable[[], Awaitable[None]],
     ) -> None:
         self._primary = primary
@@ -78,6 +92,7 @@ class PostgresStream:
         self._assembler = assembler
         self._start = start
         self._tables = tables
+        self._ask = ask
         self._verify = verify
         self._builder = BodyBuilder()
         self._described: dict[str, Described] = {}
@@ -86,6 +101,8 @@ class PostgresStream:
         self._built = start.after
         self._given = start.after
         self._greeted = False
+        self._published = start.published
+        self._doubt: _Doubt | None = None
         self._proof: _Proof | None = None
         now = asyncio.get_running_loop().time()
         self._duties_at = now
@@ -109,12 +126,15 @@ class PostgresStream:
     async def _next(self) -> SourceBatch:
         loop = asyncio.get_running_loop()
         if not self._greeted:
+            await self._look_around()
             self._greeted = True
             return self._greeting()
         deadline = loop.time() + _IDLE_SECONDS
         while True:
             if self._outbox:
                 return self._batch()
+            if self._doubt is not None and self._has_given(self._doubt.written):
+                return self._confession(self._doubt)
             more = self._receive()
             now = loop.time()
             if self._assembler.ready and now >= self._look_at:
@@ -159,9 +179,7 @@ class PostgresStream:
     async def _look(self) -> None:
         """Build what is visible by now; with nothing visible, look again later, and later still."""
         loop = asyncio.get_running_loop()
-        moment = await self._primary.moment(self._tables)
-        if self._proof is None:
-            self._proof = _Proof(moment.time, moment.written, loop.time())
+        moment = await self._look_around()
         shown = await self._build_visible(moment)
         now = loop.time()
         if shown:
@@ -173,6 +191,19 @@ class PostgresStream:
             self._hidden_since = now
         self._look_at = now + self._look_pause
         self._look_pause = min(self._look_pause * 2, _LONGEST_LOOK_SECONDS)
+
+    async def _look_around(self) -> Moment:
+        """Ask the primary how it stands. Where tables are not published, or were not for a time, it proves nothing."""
+        moment = await self._ask()
+        if self._published is None:
+            self._published = max(moment.published.values(), default=0)
+        newer = tuple(table for table, since in moment.published.items() if since > self._published)
+        if newer:
+            self._doubt = _Doubt(newer, max(moment.published.values()), moment.written)
+            self._proof = None
+        elif self._proof is None and moment.published.keys() >= set(self._tables):
+            self._proof = _Proof(moment.time, moment.written, asyncio.get_running_loop().time())
+        return moment
 
     async def _build_visible(self, moment: Moment) -> bool:
         """Build the oldest transactions, as far as the snapshot shows them.
@@ -214,6 +245,16 @@ class PostgresStream:
         watermark = self._watermark(self._given)
         return SourceBatch(gap, (watermark,) * len(gap), watermark, self._given.lsn)
 
+    def _confession(self, doubt: _Doubt) -> SourceBatch:
+        """The batch that tells of changes that were not published: whoever reads the tables behind it has them all."""
+        self._doubt, self._published = None, doubt.published
+        logger.warning(
+            "tables are published anew, and what was not is told as a gap", extra={"tables": ",".join(doubt.tables)}
+        )
+        watermark = self._watermark(self._given)
+        gaps = tuple(Control("resync", table, "upstream_gap") for table in doubt.tables)
+        return SourceBatch(gaps, (watermark,) * len(gaps), watermark, self._given.lsn)
+
     def _batch(self) -> SourceBatch:
         """What is built, as much as one batch holds; perhaps nothing but how far the stream has got."""
         placed: list[Placed] = []
@@ -239,23 +280,26 @@ class PostgresStream:
         )
 
     def _watermark(self, place: Place) -> str:
-        return watermark_text(self._start.incarnation, place)
+        return str(Watermark(self._start.incarnation, self._published or 0, place))
 
     # -- proof and other duties --------------------------------------------------------------------------------------
 
     def _is_proven(self) -> bool:
-        """Whether the stream has given on, or has nothing to give on of, all that the proof is about."""
-        if self._proof is None or self._outbox:
+        """Whether all that the proof is about is given on."""
+        return self._proof is not None and self._has_given(self._proof.written)
+
+    def _has_given(self, written: int) -> bool:
+        """Whether the stream has given on, or has nothing to give on of, everything up to an LSN."""
+        if self._outbox:
             return False
         reached = self._built.lsn if self._assembler.ready else self._assembler.reached
-        return reached >= self._proof.written
+        return reached >= written
 
     async def _do_duties(self, now: float) -> None:
         """Once a second: acknowledge, ask how far the server has got, and see that nothing stands still unnoticed."""
         self._duties_at = now + _IDLE_SECONDS
         if self._proof is None:
-            moment = await self._primary.moment(self._tables)
-            self._proof = _Proof(moment.time, moment.written, now)
+            await self._look_around()
         elif now - self._proof.asked_at > _STALL_SECONDS:
             await self._primary.flush(self._proof.written)
         self._replication.send_status(request_reply=True)

@@ -42,19 +42,29 @@ def parse_lsn(text: str) -> int:
     return int(high, 16) << 32 | int(low, 16)
 
 
-def watermark_text(incarnation: str, place: Place) -> str:
-    """The watermark that `parse_watermark` reads."""
-    return f"{incarnation}|{place.lsn:x}|{place.ordinal}"
+class Watermark(NamedTuple):
+    """How far the history has got with this source.
 
+    Attributes:
+        incarnation: of what was read; places in another one say nothing of this one.
+        published: the newest transaction that put any table into the publication as it was when it was read.
+    """
 
-def parse_watermark(text: str) -> tuple[str, Place] | None:
-    """Incarnation and place of a watermark; None if another kind of source wrote it."""
-    incarnation, _, place = text.partition("|")
-    lsn, _, ordinal = place.partition("|")
-    try:
-        return incarnation, Place(int(lsn, 16), int(ordinal))
-    except ValueError:
-        return None
+    incarnation: str
+    published: int
+    place: Place
+
+    def __str__(self) -> str:
+        return f"{self.incarnation}|{self.published:x}|{self.place.lsn:x}|{self.place.ordinal}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Watermark | None":
+        """Read a text; None if another kind of source wrote it."""
+        try:
+            incarnation, published, lsn, ordinal = text.split("|")
+            return cls(incarnation, int(published, 16), Place(int(lsn, 16), int(ordinal)))
+        except ValueError:
+            return None
 
 
 class Row(NamedTuple):
@@ -170,7 +180,8 @@ class BodyBuilder:
         )
         place = Place(transaction.commit_lsn, row.ordinal - 1)
         announcement = [Placed(catalog, place, _CONTROL_BYTES)]
-        if before is not None and before.relation != table.relation:
+        is_another = before is not None and before.by.id != table.by.id  # of the same name
+        if before is not None and (is_another or before.relation != table.relation):
             announcement.append(self._control(transaction, row.ordinal - 1, name, "schema_changed"))
         return announcement
 

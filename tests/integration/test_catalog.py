@@ -167,6 +167,18 @@ MATTERS = {
 }
 
 
+async def test_another_table_in_the_place_of_one_is_another_digest(
+    database: str, admin: "psycopg.Connection[Any]"
+) -> None:
+    async with Database(database) as opened:
+        catalog = Catalog(opened.transaction)
+        before = (await catalog.read(["public.apart"], ROLES))["public.apart"]
+        admin.execute("drop table apart; create table apart (id int primary key, org_id uuid)")
+        after = (await catalog.read(["public.apart"], ROLES))["public.apart"]
+    assert (before.declared, before.key) == (after.declared, after.key)
+    assert before.digest != after.digest
+
+
 async def test_what_verdicts_rest_on_is_another_digest(database: str, admin: "psycopg.Connection[Any]") -> None:
     """Also for a catalog that has been read before, and asks only whether anything has changed."""
     admin.execute("alter function may_read owner to catalog_owner")

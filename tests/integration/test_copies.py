@@ -89,10 +89,13 @@ class CheckedCopy(Copy):
         super().__init__(url, token(user))
         self.user = user
 
+    def may_see(self, image: Message) -> bool:
+        return image["user_id"] == self.user or bool(image["is_public"])
+
     async def take(self, message: Message) -> None:
         for image in (message.get("record"), message.get("old_record")):
             if image is not None and len(image) > 1:
-                assert image["user_id"] == self.user or image["is_public"], f"leaked to {self.user}: {message}"
+                assert self.may_see(image), f"leaked to {self.user}: {message}"
         if message.get("left"):
             assert list(message["old_record"]) == ["id"]
         await super().take(message)

@@ -393,6 +393,7 @@ async def first_bodies(source: PostgresSource, after: str | None) -> list[Body]:
 
 
 GAP = Control("resync", "*", "upstream_gap")
+GAP_OF_POSTS = Control("resync", POSTS, "upstream_gap")
 
 
 async def test_a_first_start_is_no_gap(db: Database) -> None:
@@ -401,7 +402,7 @@ async def test_a_first_start_is_no_gap(db: Database) -> None:
 
 
 async def test_another_incarnation_is_a_gap(db: Database) -> None:
-    for watermark in ("", "supabase:whatever", f"1/1/{db.slot}|0|0"):
+    for watermark in ("", "supabase:whatever", f"1/1/{db.slot}|0|0|0"):
         assert await first_bodies(db.source(), watermark) == [GAP]
 
 
@@ -426,7 +427,7 @@ async def test_a_slot_that_somebody_else_read_is_a_gap(db: Database) -> None:
 async def test_a_server_that_went_back_in_time_is_a_gap(db: Database) -> None:
     async with db.source().open(None, owner="ns/1") as stream:
         incarnation = (await anext(stream)).watermark.partition("|")[0]
-    assert await first_bodies(db.source(), f"{incarnation}|ffffffff00000000|0") == [GAP]
+    assert await first_bodies(db.source(), f"{incarnation}|0|ffffffff00000000|0") == [GAP]
 
 
 async def test_a_lost_slot_is_replaced_and_is_a_gap(namespace: str) -> None:
@@ -553,6 +554,48 @@ async def test_a_publication_that_loses_its_table_is_noticed_while_reading(db: D
         await db.run(f"ALTER PUBLICATION {PUBLICATION} DROP TABLE posts")
         with pytest.raises(SourceError, match="ADD TABLE public"):
             await batches(stream, lambda found: False)
+
+
+async def test_what_was_not_published_while_nobody_read_is_a_gap_behind_what_was(db: Database) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        watermark = (await anext(stream)).watermark
+    await eventually(lambda: idle(db))
+    await db.post("told")
+    await db.run(f"ALTER PUBLICATION {PUBLICATION} DROP TABLE posts")
+    await db.post("missed")
+    await db.run(f"ALTER PUBLICATION {PUBLICATION} ADD TABLE posts")
+    await db.post("told, too")
+    async with db.source().open(watermark, owner="ns/1") as stream:
+        found = await batches(stream, lambda found: GAP_OF_POSTS in bodies(found))
+        assert titles(changes(found)) == ["told", "told, too"]
+        assert bodies(found)[-1] == GAP_OF_POSTS
+        watermark = found[-1].watermark
+    assert await first_bodies(db.source(), watermark) == []
+
+
+async def test_what_was_not_published_for_a_moment_is_a_gap_before_anything_is_proven(db: Database) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        await read_until_idle(stream)
+        await db.run(f"ALTER PUBLICATION {PUBLICATION} DROP TABLE posts")
+        await db.post("missed")
+        missed_at = time.time()
+        await db.run(f"ALTER PUBLICATION {PUBLICATION} ADD TABLE posts")
+        found = await batches(stream, lambda found: any((b.proven_until or 0) > missed_at for b in found))
+        assert bodies(found) == [GAP_OF_POSTS]
+        await db.post("told")
+        assert titles(await read(stream, 1)) == ["told"]
+
+
+@pytest.mark.parametrize("change", ["SET (publish = 'insert')", "RENAME TO other"])
+async def test_nothing_is_proven_while_a_publication_does_not_carry_everything(change: str, db: Database) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        await read_until_idle(stream)
+        await db.run(f"ALTER PUBLICATION {PUBLICATION} {change}")
+        changed_at = time.time()
+        seen: list[SourceBatch] = []
+        with pytest.raises(SourceError):
+            await batches(stream, lambda found: seen.extend(found[-1:]))
+        assert max((batch.proven_until or 0 for batch in seen), default=0) < changed_at
 
 
 async def test_a_role_without_replication_is_told_what_it_lacks(db: Database, postgres: EmbeddedPostgres) -> None:

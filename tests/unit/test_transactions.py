@@ -15,10 +15,9 @@ from realtime_bridge.sources.transactions import (
     Place,
     Placed,
     Transaction,
+    Watermark,
     lsn_text,
     parse_lsn,
-    parse_watermark,
-    watermark_text,
 )
 from tests.pgoutputs import (
     DESCRIPTIONS,
@@ -104,6 +103,12 @@ def test_a_keepalive_within_a_transaction_proves_nothing() -> None:
     assembler.feed(commit(100))
     assembler.keepalive(90)
     assert assembler.reached == 110
+
+
+def test_another_table_of_the_same_name_is_other_rows() -> None:
+    other = 9
+    messages = [DESCRIPTIONS[0], insert("1"), relation(other, "posts"), insert("1", other)]
+    assert told(built(one(messages))) == ["catalog", "INSERT 1", "catalog", "schema_changed", "INSERT 1"]
 
 
 def test_a_table_that_is_renamed_away_is_not_read_any_more() -> None:
@@ -233,9 +238,10 @@ def test_messages_out_of_order_are_refused(messages: list[bytes]) -> None:
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**9))
 def test_lsns_and_watermarks_survive_as_text(lsn: int, ordinal: int) -> None:
     assert parse_lsn(lsn_text(lsn)) == lsn
-    assert parse_watermark(watermark_text("7/1/slot", Place(lsn, ordinal))) == ("7/1/slot", Place(lsn, ordinal))
+    watermark = Watermark("7/1/slot", lsn, Place(lsn, ordinal))
+    assert Watermark.parse(str(watermark)) == watermark
 
 
-@pytest.mark.parametrize("text", ["", "supabase:1", "a|b|c", "a|1"])
+@pytest.mark.parametrize("text", ["", "supabase:1", "a|b|c|d", "a|1|2", "a|1|2|3|4"])
 def test_a_foreign_watermark_is_none(text: str) -> None:
-    assert parse_watermark(text) is None
+    assert Watermark.parse(text) is None
