@@ -13,7 +13,7 @@ maybe_send_schema and cleanup_rel_sync_cache in src/backend/replication/pgoutput
 described again.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -102,7 +102,7 @@ class _OpenTransaction:
         self.count = 0
         self.size = 0
         self._runs: list[_Run] = []
-        self._runs_by: defaultdict[int, list[_Run]] = defaultdict(list)
+        self._runs_by: dict[int, list[_Run]] = {}
 
     def advance(self, subxid: int) -> None:
         """The next row message is here; `add` follows for each table of it that is wanted."""
@@ -110,7 +110,7 @@ class _OpenTransaction:
             return
         if not self._runs or self._runs[-1].subxid != subxid:
             self._runs.append(_Run(subxid))
-            self._runs_by[subxid].append(self._runs[-1])
+            self._runs_by.setdefault(subxid, []).append(self._runs[-1])
             self.size += _RUN_BYTES
         self._runs[-1].count += 1
 
@@ -150,12 +150,12 @@ class _OpenTransaction:
             transaction.tables = self.tables
         before = 0
         for run in self._runs:
-            for row in run.rows:
-                if (commit.commit_lsn, before + row.ordinal) > after:
-                    transaction.rows.append(row._replace(ordinal=before + row.ordinal))
-                    transaction.size += row.size
-                    transaction.descriptions[id(row.described_by)] = row.described_by
+            rows = [row._replace(ordinal=before + row.ordinal) for row in run.rows] if before else run.rows
+            transaction.rows += [row for row in rows if (commit.commit_lsn, row.ordinal) > after]
             before += run.count
+        for row in transaction.rows:
+            transaction.size += row.size
+            transaction.descriptions[id(row.described_by)] = row.described_by
         return transaction
 
 
