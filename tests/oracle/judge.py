@@ -81,15 +81,16 @@ class Judge:
     def review(self, copies: Sequence[Copy]) -> None:
         """Judge what copies were told. They must have been told everything that is committed, and nothing be begun."""
         for copy in copies:
-            book = self._books.setdefault(copy, _Book(copy))
-            told, copy.told = copy.told, []
-            book.last = [*book.last, *told][-_SHOWN:]
-            for one in told:
-                self._look(copy, book, one)
+            book = self._hear(copy)
             self._find_missing(copy, book)
             self._charge(copy, book, self._reasons(copy.user, self._reviewed))
         self._granted.clear()
         self._reviewed = self._truth.newest.number
+
+    def was_told(self, copy: Copy) -> bool:
+        """Whether a copy was told of all that it had to be. One that has read a table late may be ahead of that."""
+        book, newest = self._hear(copy), self._truth.newest.number
+        return not any(True for _ in self._missing(copy, book, min(book.floor.values()) + 1, newest, newest))
 
     def grant(self, reasons: Mapping[str, int]) -> None:
         """Excuse so many resyncs of every table to every copy, for a fault."""
@@ -103,6 +104,15 @@ class Judge:
         self.violations.append("\n".join([f"{copy.name}: {what}; told last (link, commits begun: message):", *lines]))
 
     # -- a message
+
+    def _hear(self, copy: Copy) -> _Book:
+        """Judge what a copy was told since the last time."""
+        book = self._books.setdefault(copy, _Book(copy))
+        told, copy.told = copy.told, []
+        book.last = [*book.last, *told][-_SHOWN:]
+        for one in told:
+            self._look(copy, book, one)
+        return book
 
     def _look(self, copy: Copy, book: _Book, told: Told) -> None:
         if told.link != book.link:

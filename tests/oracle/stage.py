@@ -137,21 +137,23 @@ class Stage:
         return found, next(replica for replica in self.replicas if replica is not found)
 
     async def settle(self) -> None:
-        """Stop writing, wait until every copy is what `SELECT` shows its user, and judge what was told until then."""
+        """Stop writing, wait until every copy has all and was told of all, and judge what was told until then."""
         async with self.writer.turn:
             await self.writer.mark()
             expected = await self._select()
             late = set(self.copies)
 
             def is_complete() -> bool:
-                late.difference_update([copy for copy in late if copy.rows == expected[copy.user.name]])
+                equal = [copy for copy in late if copy.rows == expected[copy.user.name]]
+                late.difference_update([copy for copy in equal if self.judge.was_told(copy)])
                 return not late
 
             try:
                 await eventually(is_complete, self.complete_seconds)
             except AssertionError:
                 for copy in late:
-                    self.judge.accuse(copy, _difference(copy, expected[copy.user.name]))
+                    if copy.rows != expected[copy.user.name]:
+                        self.judge.accuse(copy, _difference(copy, expected[copy.user.name]))
             self.judge.review(self.copies)
 
     async def _select(self) -> Mapping[str, Mapping[str, dict[Key, Row]]]:
