@@ -261,7 +261,7 @@ def _verdicts(world: World, predicate: Predicate, claims: Claims) -> list[bool |
     found = []
     for image in world.images:
         seen = index.seen(world.relation, image)
-        verdict = index.sees(member, world.relation, image)
+        verdict = index.eyes_of(member, world.relation)(image)
         assert (member in seen.sure) == (verdict is True)
         assert (member in seen.perhaps - seen.sure) == (verdict is None)
         found.append(verdict)

@@ -204,8 +204,9 @@ class CatchUp:
     ) -> None:
         """Pass entries, appending what is shown of them, until there is enough or the reader must be held."""
         size, counted = 0, len(out)
+        is_current = subscription.is_current
         for item, verdict in decided:
-            if not self._tell_of_changes(subscription, item.entry.number, out):
+            if not (is_current or self._tell_of_changes(subscription, item.entry.number, out)):
                 return
             if verdict.changed and not self._tell_of(verdict.changed, subscription, item.entry.number, out):
                 return
@@ -249,6 +250,8 @@ class CatchUp:
             if not subscription.concerns(body) or _covered(subscription, body.table, item.entry.number):
                 return True
             return self._resync(subscription, body.table, body.reason or "upstream_gap", item.entry.number, out)
+        if verdict.old is verdict.new is False and subscription.filter is None:
+            return True
         table = body.relation.name
         if item.entry.number <= subscription.covered.get(table, 0):
             return True

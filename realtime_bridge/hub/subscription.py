@@ -140,13 +140,18 @@ class Subscription:
             return max(self.number, self.came_told) < now.since
         return seen.digest != now.digest or self.number < now.since <= until
 
+    @property
+    def is_current(self) -> bool:
+        """Whether no table can be `outdated` as things are, however far its reader reads."""
+        sights = self.connection.member.sights
+        return not any(self.outdated(table, sights[table].since) for table in self.tables if table in sights)
+
     def told_to(self) -> int:
         """Up to which number its reader was told whenever it sees otherwise; 0 if that is no more than `number`."""
-        sights = self.connection.member.sights
-        known = [table for table in self.tables if table in sights]
-        if any(self.outdated(table, sights[table].since) for table in known):
+        if not self.is_current:
             return 0
-        return max((sights[table].since for table in known), default=0)
+        sights = self.connection.member.sights
+        return max((sights[table].since for table in self.tables if table in sights), default=0)
 
     def shown(self, table: str) -> tuple[str, ...] | None:
         """The columns shown of a table beside its key: those chosen, as far as they may be read; None for all."""

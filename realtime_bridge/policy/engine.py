@@ -11,11 +11,11 @@ Layer: adapters. May import: words, policy.*.
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import groupby
 from typing import Final
 
-from realtime_bridge.change import Change, Entry, Image, Relation, transaction_of
+from realtime_bridge.change import Change, Entry, Relation, transaction_of
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
@@ -362,14 +362,15 @@ class PolicyEngine:
         found: list[Verdict] = []
         asking = self._begin_to_ask(changes)
         for _ in range(_ROUNDS):
-            found = [_NOTHING if change is None else self._verdict(change, member) for change in changes]
+            found = list(self._verdicts(changes, member))
             if not (asking and await self._answer(asking)):
                 break
+        touching = self.knowledge.references
         return [
-            verdict._replace(changed=self.knowledge.changed_by(entry.body, member))
-            if self.knowledge.is_touched_by(entry.body)
-            else verdict
-            for entry, verdict in zip(entries, found, strict=True)
+            verdict
+            if change is not None and change.relation.name not in touching
+            else verdict._replace(changed=self.knowledge.changed_by(entry.body, member))
+            for entry, change, verdict in zip(entries, changes, found, strict=True)
         ]
 
     def _begin_to_ask(self, changes: Iterable[Change | None]) -> set[Table]:
@@ -402,20 +403,33 @@ class PolicyEngine:
         unknown = (undecided | new.perhaps) - new.sure
         return Audience(old.sure - unknown, new.sure, unknown, unsure=undecided & new.sure)
 
-    def _verdict(self, change: Change, member: Member) -> Verdict:
-        if self.knowledge.is_unlearned(member, change.relation.name):
-            return _UNKNOWN
-        index, fits = self._decider(change.relation)
+    def _verdicts(self, changes: Iterable[Change | None], member: Member) -> Iterator[Verdict]:
+        """What a member sees of each; what is the same for all changes of a relation is found out once."""
+        known: dict[str, Callable[[Change], Verdict]] = {}
+        for change in changes:
+            if change is None:
+                yield _NOTHING
+                continue
+            decide = known.get(change.relation.version)
+            if decide is None:
+                decide = known[change.relation.version] = self._decider_for(member, change.relation)
+            yield decide(change)
+
+    def _decider_for(self, member: Member, relation: Relation) -> Callable[[Change], Verdict]:
+        if self.knowledge.is_unlearned(member, relation.name):
+            return lambda _: _UNKNOWN
+        index, fits = self._decider(relation)
         if index is None or not index.admits(member):
-            return _NOTHING
+            return lambda _: _NOTHING
         if not fits:
-            return _UNKNOWN
+            return lambda _: _UNKNOWN
+        sees = index.eyes_of(member, relation)
 
-        def sees(image: Image | None) -> bool | None:
-            return False if image is None else index.sees(member, change.relation, image)
+        def decide(change: Change) -> Verdict:
+            before, after = change.images()
+            return Verdict(old=before is not None and sees(before), new=after is not None and sees(after))
 
-        before, after = change.images()
-        return Verdict(old=sees(before), new=sees(after))
+        return decide
 
     def _decider(self, relation: Relation) -> tuple[AudienceIndex | None, bool]:
         table = self._tables.get(relation.name)

@@ -13,7 +13,7 @@ policy.predicate.
 Sources: the equality index of ElectricSQL's shape filter.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
@@ -127,13 +127,14 @@ class AudienceIndex:
             return found[0]
         return Seen(union(seen.sure for seen in found), union(seen.perhaps for seen in found))
 
-    def sees(self, member: Member, relation: Relation, image: Image) -> bool | None:
-        """Whether one member that is admitted sees an image."""
+    def eyes_of(self, member: Member, relation: Relation) -> Callable[[Image], bool | None]:
+        """Tells whether one member that is admitted sees an image of a relation, by what is known now."""
+        evaluate, index = self._predicates[member.claims.role].evaluate, relation.index
         facts = {**member.facts, **self.shared} if self.shared else member.facts
-        return self._predicates[member.claims.role].evaluate(relation.index, image, facts)
+        return lambda image: evaluate(index, image, facts)
 
     def open_questions(self) -> list[Question]:
-        """What `seen` and `sees` have missed since the last call."""
+        """What `seen` and `eyes_of` have missed since the last call."""
         questions = self._questions.copy()
         self._questions.clear()
         for question in questions:

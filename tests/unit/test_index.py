@@ -57,7 +57,7 @@ def sees(index: AudienceIndex, **values: Value) -> set[Member]:
     seen = index.seen(POSTS, row(**values))
     assert seen.perhaps <= seen.sure
     for one in index.members:
-        assert (index.sees(one, POSTS, row(**values)) is True) == (one in seen.sure)
+        assert (index.eyes_of(one, POSTS)(row(**values)) is True) == (one in seen.sure)
     return set(seen.sure)
 
 
@@ -179,7 +179,7 @@ def test_nothing_is_asked_that_other_conditions_decide() -> None:
     assert index.open_questions() == []
     index.seen(POSTS, row(is_open="f", org=A, name="a"))
     assert [question.member for question in index.open_questions()] == [ann]
-    index.sees(ann, POSTS, row(is_open="t", org=A, name="a"))
+    index.eyes_of(ann, POSTS)(row(is_open="t", org=A, name="a"))
     assert index.open_questions() == []
 
 
@@ -303,7 +303,7 @@ def test_the_index_finds_whom_the_predicate_shows_the_row(
     for image in (row(**some) for some in rows):
         seen = index.seen(POSTS, image)
         for one in index.members:
-            verdict = index.sees(one, POSTS, image)
+            verdict = index.eyes_of(one, POSTS)(image)
             assert (one in seen.sure) == (verdict is True)
             assert (one in seen.perhaps - seen.sure) == (verdict is None)
         assert seen.sure | seen.perhaps <= index.members
