@@ -16,9 +16,12 @@ Sources: asyncio's transports and protocols; uvicorn 0.54.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final, cast
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
@@ -33,6 +36,8 @@ _CREDENTIALS: Final = ("token", "ticket", "apikey")
 
 _LARGEST_HEAD: Final = 64 * 1024
 _HEAD_SECONDS: Final = 10.0
+_A_TURN: Final = 8
+"""New clients in one turn of the loop; each costs about a millisecond."""
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -135,6 +140,38 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         return early
 
 
+class _Turnstile:
+    """Lets new clients in, a few in each turn of the loop: thousands who come together hold up nobody who is in."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._left = _A_TURN
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def enter(self, take_in: Callable[[], None]) -> bool:
+        """Take a client in: now, or when it is its turn; returns whether it was now."""
+        if not self._left or self._waiting:
+            self._waiting.append(take_in)
+            return False
+        self._count()
+        take_in()
+        return True
+
+    def _count(self) -> None:
+        if self._left == _A_TURN:
+            self._loop.call_soon(self._turn)
+        self._left -= 1
+
+    def _turn(self) -> None:
+        self._left = _A_TURN
+        while self._left and self._waiting:
+            self._count()
+            self._waiting.popleft()()
+
+
+_TURNSTILES: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, _Turnstile]] = WeakKeyDictionary()
+
+
 class BridgeHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, which lets a route have the transport for the body of its response.
 
@@ -143,24 +180,45 @@ class BridgeHttpProtocol(HttpToolsProtocol):
     over, and the ASGI call has done its work. The body has no length and no chunks: its end is the end of the link.
 
     Besides, it tells a bridge in the application when the server is being stopped, bounds a request's head, which
-    httptools takes in without end, and drops a client that takes nothing of its answer.
+    httptools takes in without end, drops a client that takes nothing of its answer, and lets new clients in one after
+    the other where thousands come at once.
     """
 
     _head = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _is_in = False
 
     def connection_made(  # type: ignore[override]  # as in the base class
         self, transport: asyncio.Transport
     ) -> None:
         super().connection_made(transport)
         drop_unacknowledged(transport, transport_sinks.UNACKNOWLEDGED_SECONDS)
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+        self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_over()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Take in what a client says; a new one waits for its turn, in which time it is neither read from nor late."""
+        if self._is_in:
+            self._take_in(data)
+            return
+        self._is_in = True
+        turnstile = _TURNSTILES.get(self.loop) or _TURNSTILES.setdefault(self.loop, _Turnstile(self.loop))
+        if not turnstile.enter(partial(self._let_in, data)):
+            self._head_is_over()
+            self.transport.pause_reading()
+
+    def _let_in(self, data: bytes) -> None:
+        if self._head_timer is None:  # it had to wait
+            if self.transport.is_closing():
+                return
+            self._expect_head()
+            self.transport.resume_reading()
+        self._take_in(data)
+
+    def _take_in(self, data: bytes) -> None:
         self._head += len(data)
         super().data_received(data)
         if self._head_timer is not None and self._head > _LARGEST_HEAD and not self.transport.is_closing():
@@ -171,11 +229,14 @@ class BridgeHttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         if self._head_timer is None:  # a further request on the same connection
             self._head = 0
-            self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+            self._expect_head()
 
     def on_headers_complete(self) -> None:
         self._head_is_over()
         super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
 
     def _head_is_over(self) -> None:
         if self._head_timer is not None:
