@@ -267,6 +267,7 @@ class Bridge:
         yield "counter", "undecided", "Changes not delivered since they could not be decided.", counters.undecided
         yield "counter", "policy_undecided", "Decisions that the policy could not make.", policy.undecided
         yield "counter", "policy_asked", "Questions about rows put to Postgres.", policy.knowledge.asked
+        yield "counter", "fact_queries", "Queries for facts of users put to Postgres.", policy.knowledge.fact_queries
         yield (
             "counter",
             "policy_failed",

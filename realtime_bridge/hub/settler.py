@@ -1,8 +1,9 @@
 """Learns what must be known of members before anything is decided for their readers.
 
-A reader whose member is pending waits here, and all that wait are asked about at once. What a member sees by what was
-learned is then compared with what the broker remembers of the user, whichever process served it last: so a reader that
-comes from a time when the user saw otherwise is told so.
+A reader whose member is pending waits here, and all that wait are asked about at once: whoever comes alone without
+delay, and while many come, as many as one question holds. What a member sees by what was learned is then compared
+with what the broker remembers of the user, whichever process served it last: so a reader that comes from a time when
+the user saw otherwise is told so.
 
 Layer: core. May import: words, broker.base, policy.base, hub.standing.
 """
@@ -21,8 +22,15 @@ from realtime_bridge.policy.base import Member, Seen
 
 logger = logging.getLogger(__name__)
 
-MOST_AT_ONCE: Final = 500
+MOST_AT_ONCE: Final = 1000
 """Members asked about together."""
+RECALLED_AT_ONCE: Final = 100
+"""Members compared together, and then served: more would hold up whoever is served already."""
+GATHER_SECONDS: Final = 0.05
+MANY: Final = 5
+"""So many who come within `GATHER_SECONDS` are waited for, and those who come after them."""
+GATHER_MOST_SECONDS: Final = 1.5
+"""For no longer than that: what a reader may have to wait because others come."""
 REMIND_SECONDS: Final = SIGHT_SECONDS * 0.4
 """So often the broker is told again of what present members see."""
 _RETRY_SECONDS: Final = 0.5
@@ -50,12 +58,22 @@ class Settler:
         return future
 
     async def work(self) -> None:
-        """Settle whoever waits, for ever."""
+        """Settle whoever waits, for ever: at once, but for those who have come while others were being settled."""
         while True:
             await self._news.wait()
             self._news.clear()
             while self._waiting:
                 await self._settle(list(islice(self._waiting, MOST_AT_ONCE)))
+                await self._gather()
+
+    async def _gather(self) -> None:
+        """Wait while many come, so that 5,000 who lost their links together are no more than a few questions."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + GATHER_MOST_SECONDS
+        before = 0
+        while before < len(self._waiting) < MOST_AT_ONCE and loop.time() < ends:
+            before = len(self._waiting) + MANY - 1
+            await asyncio.sleep(GATHER_SECONDS)
 
     async def remind(self) -> None:
         """Tell the broker again of what present members see, from time to time, for ever."""
@@ -63,7 +81,7 @@ class Settler:
             await asyncio.sleep(REMIND_SECONDS)
             present = {connection.member for connection in self._standing.connections}
             settled = iter([member for member in present if self.is_settled(member)])
-            while members := list(islice(settled, MOST_AT_ONCE)):
+            while members := list(islice(settled, RECALLED_AT_ONCE)):
                 try:
                     await self._tell(members)  # what is answered is for those who come; these were told of all since
                 except BrokerError:
@@ -71,17 +89,18 @@ class Settler:
 
     async def _settle(self, members: Sequence[Member]) -> None:
         await self._standing.policy.load(members)
-        known = [member for member in members if not member.pending]
-        try:
-            await self._recall(known)
-        except BrokerError:  # until it answers, nobody knows whether their copies are right
-            await asyncio.sleep(_RETRY_SECONDS)
-            return
-        for member in known:
-            member.compared = True
-            future = self._waiting.pop(member)
-            if not future.done():
-                future.set_result(None)
+        known = iter([member for member in members if not member.pending])
+        while some := [member for member in islice(known, RECALLED_AT_ONCE) if not member.pending]:
+            try:
+                await self._recall(some)
+            except BrokerError:  # until it answers, nobody knows whether their copies are right
+                await asyncio.sleep(_RETRY_SECONDS)
+                return
+            for member in some:
+                member.compared = True
+                future = self._waiting.pop(member)
+                if not future.done():
+                    future.set_result(None)
 
     async def _recall(self, members: Iterable[Member]) -> None:
         """Raises `BrokerError`."""

@@ -41,7 +41,7 @@ from realtime_bridge.policy.catalog import Connect, Connection
 from realtime_bridge.policy.expression import Query
 from realtime_bridge.policy.index import Question
 
-MAX_USERS: Final = 500
+MAX_USERS: Final = 1000
 MAX_QUESTIONS: Final = 5000
 """Most users, and most questions, of one statement."""
 

@@ -65,6 +65,7 @@ class Knowledge:
 
     Attributes:
         asked: questions put to Postgres about rows.
+        fact_queries: queries for facts of users, each of which is about as many as came together.
         failed: facts and conditions that Postgres failed to evaluate for somebody, who sees nothing by them.
         claims_kept: claims of `PER_TOKEN` that policies may read, and so tell members apart.
         references: tables whose changes have to come through the history.
@@ -78,7 +79,7 @@ class Knowledge:
         asking: Asking | None,
         fact_seconds: float,
     ) -> None:
-        self.asked = self.failed = 0
+        self.asked = self.fact_queries = self.failed = 0
         self.claims_kept: frozenset[str] = frozenset()
         self.references: frozenset[str] = frozenset()
         self.followed: frozenset[str] = frozenset()
@@ -200,6 +201,7 @@ class Knowledge:
 
     async def _ask(self, members: Sequence[Member], queries: Sequence[Query]) -> Sequence[Mapping[str, object]]:
         assert self._asking is not None, "queries come from where Postgres can be asked"
+        self.fact_queries += 1
         try:
             return await self._asking.facts([member.claims for member in members], queries)
         except BridgeError as error:
