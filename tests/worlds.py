@@ -4,7 +4,7 @@ A row of the table `fence`, which everybody sees, comes after what is tried. His
 it has been told all that was ever to be told of what went before.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -76,6 +76,7 @@ async def world(
     *,
     followed: Sequence[str] = (),
     redis_url: str | None = None,
+    plant: Callable[[], None] | None = None,
     **settings: str,
 ) -> AsyncIterator[World]:
     """A bridge over a schema; two of them where they can share a Redis.
@@ -87,6 +88,7 @@ async def world(
         tables: what is served, besides the fence.
         followed: what is published besides, since policies refer to it.
         redis_url: what two bridges share.
+        plant: see `BridgeProcess`.
         settings: of the bridges.
     """
     admin = await asyncpg.connect(database)
@@ -105,10 +107,10 @@ async def world(
             **settings,
         }
         async with AsyncExitStack() as stack:
-            bridges = [
-                await stack.enter_async_context(BridgeProcess(database, **settings))
-                for _ in range(1 if redis_url is None else 2)
-            ]
+            bridges = [BridgeProcess(database, **settings) for _ in range(1 if redis_url is None else 2)]
+            for bridge in bridges:
+                bridge.plant = plant
+                await stack.enter_async_context(bridge)
             yield World(admin, bridges, await stack.enter_async_context(AsyncExitStack()))
     finally:
         await admin.close()
