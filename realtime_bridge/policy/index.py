@@ -15,6 +15,7 @@ Sources: the equality index of ElectricSQL's shape filter.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from functools import partial
+from operator import itemgetter
 from typing import Final, NamedTuple, TypeVar
 
 from realtime_bridge.change import ABSENT, Absent, Image, Relation, Value
@@ -128,10 +129,23 @@ class AudienceIndex:
         return Seen(union(seen.sure for seen in found), union(seen.perhaps for seen in found))
 
     def eyes_of(self, member: Member, relation: Relation) -> Callable[[Image], bool | None]:
-        """Tells whether one member that is admitted sees an image of a relation, by what is known now."""
-        evaluate, index = self._predicates[member.claims.role].evaluate, relation.index
+        """Tells whether one member that is admitted sees an image of a relation, by what is known now.
+
+        Images that are alike in all that is read of them are evaluated once.
+        """
+        predicate, index = self._predicates[member.claims.role], relation.index
         facts = {**member.facts, **self.shared} if self.shared else member.facts
-        return lambda image: evaluate(index, image, facts)
+        read = [index[column] for column in predicate.columns]
+        pick = itemgetter(*read) if read else lambda _: None
+        found: dict[object, bool | None] = {}
+
+        def sees(image: Image) -> bool | None:
+            values = pick(image)
+            if values not in found:
+                found[values] = predicate.evaluate(index, image, facts)
+            return found[values]
+
+        return sees
 
     def open_questions(self) -> list[Question]:
         """What `seen` and `eyes_of` have missed since the last call."""
