@@ -36,7 +36,7 @@ _CREDENTIALS: Final = ("token", "ticket", "apikey")
 
 _LARGEST_HEAD: Final = 64 * 1024
 _HEAD_SECONDS: Final = 10.0
-_A_TURN: Final = 8
+A_TURN: Final = 8
 """New clients in one turn of the loop; each costs about a millisecond."""
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -140,12 +140,12 @@ class BridgeWebSocketProtocol(WebSocketsSansIOProtocol):
         return early
 
 
-class _Turnstile:
+class Turnstile:
     """Lets new clients in, a few in each turn of the loop: thousands who come together hold up nobody who is in."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._left = _A_TURN
+        self._left = A_TURN
         self._waiting: deque[Callable[[], None]] = deque()
 
     def enter(self, take_in: Callable[[], None]) -> bool:
@@ -158,18 +158,18 @@ class _Turnstile:
         return True
 
     def _count(self) -> None:
-        if self._left == _A_TURN:
+        if self._left == A_TURN:
             self._loop.call_soon(self._turn)
         self._left -= 1
 
     def _turn(self) -> None:
-        self._left = _A_TURN
+        self._left = A_TURN
         while self._left and self._waiting:
             self._count()
             self._waiting.popleft()()
 
 
-_TURNSTILES: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, _Turnstile]] = WeakKeyDictionary()
+_TURNSTILES: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Turnstile]] = WeakKeyDictionary()
 
 
 class BridgeHttpProtocol(HttpToolsProtocol):
@@ -205,7 +205,7 @@ class BridgeHttpProtocol(HttpToolsProtocol):
             self._take_in(data)
             return
         self._is_in = True
-        turnstile = _TURNSTILES.get(self.loop) or _TURNSTILES.setdefault(self.loop, _Turnstile(self.loop))
+        turnstile = _TURNSTILES.get(self.loop) or _TURNSTILES.setdefault(self.loop, Turnstile(self.loop))
         if not turnstile.enter(partial(self._let_in, data)):
             self._head_is_over()
             self.transport.pause_reading()
