@@ -73,10 +73,11 @@ async def world(
     namespace: str,
     schema: str,
     tables: Sequence[str],
+    plant: Callable[[], None] | None = None,
+    /,
     *,
     followed: Sequence[str] = (),
     redis_url: str | None = None,
-    plant: Callable[[], None] | None = None,
     **settings: str,
 ) -> AsyncIterator[World]:
     """A bridge over a schema; two of them where they can share a Redis.
@@ -86,9 +87,9 @@ async def world(
         namespace: a word that no other test has.
         schema: SQL.
         tables: what is served, besides the fence.
+        plant: see `BridgeProcess`.
         followed: what is published besides, since policies refer to it.
         redis_url: what two bridges share.
-        plant: see `BridgeProcess`.
         settings: of the bridges.
     """
     admin = await asyncpg.connect(database)

@@ -39,7 +39,7 @@ MAX_SUBSCRIPTIONS: Final = 100
 WATCH_SECONDS: Final = 1.0
 """For how long a change of rights that nothing announces may go unnoticed."""
 _BACKOFF_SECONDS: Final = 0.25
-_SETTLE_SECONDS: Final = 3.0
+_SETTLE_SECONDS: Final = 5.0
 _READ: Final = 500
 
 

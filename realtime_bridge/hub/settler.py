@@ -29,7 +29,7 @@ RECALLED_AT_ONCE: Final = 100
 GATHER_SECONDS: Final = 0.05
 MANY: Final = 5
 """So many who come within `GATHER_SECONDS` are waited for, and those who come after them."""
-GATHER_MOST_SECONDS: Final = 1.5
+GATHER_MOST_SECONDS: Final = 2.5
 """For no longer than that: what a reader may have to wait because others come."""
 REMIND_SECONDS: Final = SIGHT_SECONDS * 0.4
 """So often the broker is told again of what present members see."""

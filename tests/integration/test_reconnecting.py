@@ -45,8 +45,7 @@ SCHEMA = f"""
 
 def gather_patiently() -> None:
     """Wait for those who come, however slowly they do."""
-    settler.GATHER_SECONDS = 0.5
-    settler.GATHER_MOST_SECONDS = 60
+    vars(settler).update(GATHER_SECONDS=0.5, GATHER_MOST_SECONDS=60)
 
 
 @asynccontextmanager
@@ -57,9 +56,9 @@ async def replicas(database: str, namespace: str, redis_url: str, **settings: st
         namespace,
         SCHEMA,
         ["public.papers"],
+        gather_patiently,
         followed=["public.members"],
         redis_url=redis_url,
-        plant=gather_patiently,
         BRIDGE_FACT_SECONDS="3600",
         **settings,
     ) as it:
