@@ -1,6 +1,6 @@
 """`make bench`: every figure that the documentation quotes, measured on this machine.
 
-`python -m bench [latency] [sinks] [deciding] [drain]` runs some of them.
+`python -m bench [latency] [sinks] [deciding] [drain] [reconnect]` runs some of them.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import platform
 import sys
 from importlib.metadata import version
 
-BENCHES = ("latency", "sinks", "deciding", "drain")
+BENCHES = ("latency", "sinks", "deciding", "drain", "reconnect")
 
 
 def main() -> None:

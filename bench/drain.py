@@ -84,11 +84,11 @@ async def open_clients(port: int, count: int, make: Callable[[], Client]) -> lis
 
 
 @asynccontextmanager
-async def bridge(dsn: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+async def bridge(dsn: str, **settings: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
     """A running bridge, and its port."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "realtime_bridge", "serve", "--port", "0"),
-        env={**os.environ, **ENVIRONMENT, "DATABASE_URL": dsn},
+        env={**os.environ, **ENVIRONMENT, "DATABASE_URL": dsn, **settings},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
