@@ -99,6 +99,7 @@ class Client(asyncio.Protocol):
         self._open = self._left = False
         self.is_ready: asyncio.Future[float] = loop.create_future()
         self.has_all: asyncio.Future[float] = loop.create_future()
+        self._lost: asyncio.Future[None] = loop.create_future()
         await loop.create_connection(lambda: self, "127.0.0.1", port)
         await self.is_ready
 
@@ -106,10 +107,11 @@ class Client(asyncio.Protocol):
         """Have `has_all` done after so many papers more."""
         self._wanted = len(self.arrived) + papers
 
-    def go(self) -> None:
+    async def go(self) -> None:
         """Cut the link."""
         self._left = True
         self._transport.abort()
+        await self._lost
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it writes
         self._transport = transport
@@ -135,6 +137,7 @@ class Client(asyncio.Protocol):
             self._said = payload
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set_result(None)
         for future in (self.is_ready, self.has_all):
             if not (future.done() or self._left):
                 future.set_exception(ConnectionError(f"a client was cut off: {self._said!r}"))
@@ -180,8 +183,7 @@ def herd(orders: Connection) -> None:
         gc.freeze()
         while (order := await asyncio.to_thread(orders.recv)) is not None:
             if order == "go":
-                for client in clients:
-                    client.go()
+                await asyncio.gather(*(client.go() for client in clients))
                 orders.send(None)
             else:
                 orders.send(await come(clients, *order))
@@ -291,8 +293,9 @@ class Stage:
         commands = {name.removeprefix("cmdstat_"): int(value["calls"]) for name, value in stats.items()}
         return Counts(await self.connection.fetchval(QUESTIONS), commands)
 
-    async def settle_readers(self, port: int) -> None:
+    async def move_readers(self, port: int) -> None:
         for reader in self.readers:
+            await reader.go()
             await reader.come(port)
 
     def delays(self, begin: float, end: float) -> list[float]:
@@ -369,7 +372,7 @@ async def run(postgres: str, redis_url: str) -> None:
         other, other_port = await stack.enter_async_context(bridge(postgres, **settings))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         writing = tasks.create_task(stage.writer.run(postgres))
-        await stage.settle_readers(port)
+        await asyncio.gather(*(reader.come(port) for reader in stage.readers))
 
         async def back(port: int) -> Return:
             await herd_.go()
@@ -378,14 +381,10 @@ async def run(postgres: str, redis_url: str) -> None:
 
         await measure("all come for the first time", stage, first.pid, lambda: herd_.come(port, 0))
         await measure("back to the process that knows them", stage, first.pid, lambda: back(port))
-        for reader in stage.readers:
-            reader.go()
-        await stage.settle_readers(other_port)
+        await stage.move_readers(other_port)
         await measure("to another replica", stage, other.pid, lambda: back(other_port))
         async with bridge(postgres, **settings) as (third, third_port):
-            for reader in stage.readers:
-                reader.go()
-            await stage.settle_readers(third_port)
+            await stage.move_readers(third_port)
             await measure("to a process that has begun since", stage, third.pid, lambda: back(third_port))
             writing.cancel()
 

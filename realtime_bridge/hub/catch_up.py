@@ -59,6 +59,8 @@ class CatchUp:
     def resume(self, subscription: Subscription) -> None:
         """Have a subscription read on: soon, or, if it is advanced by hand, by whoever does that."""
         subscription.state = State.BEHIND
+        if not self._settler.is_settled(subscription.connection.member):
+            self._settler.settle(subscription.connection.member)  # now, so that all who wait are one question
         if subscription.by_hand is not None:
             subscription.by_hand()
         else:
