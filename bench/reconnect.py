@@ -387,6 +387,7 @@ async def run(postgres: str, redis_url: str) -> None:
             await stage.move_readers(third_port)
             await measure("to a process that has begun since", stage, third.pid, lambda: back(third_port))
             writing.cancel()
+            await asyncio.gather(*(reader.go() for reader in stage.readers))
 
 
 def main() -> Any:
