@@ -285,6 +285,8 @@ class Knowledge:
         Not those where only the facts themselves can tell, since a change there may concern anybody.
         """
         if isinstance(body, Control):
+            if body.kind != "resync":
+                return frozenset()
             return self._all_changed_by(self.references if body.table == "*" else (body.table,))
         table, names = body.relation.name, names_of(member.claims.values)
         found: set[str] = set()

@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import asyncpg
 import pytest
 
-from realtime_bridge.change import Change, Column, Entry, Relation
+from realtime_bridge.change import Change, Column, Control, Entry, Relation
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.policy.asking import Asking
@@ -61,6 +62,11 @@ def leaves(number: int, *, time: int = 0) -> Entry:
     return Entry(number, str(number), str(number - 1), Change("DELETE", MEMBERS, (BOB, "1"), None, time or number))
 
 
+def control(kind: Literal["catalog", "resync"], number: int) -> Entry:
+    """Of the table of memberships."""
+    return Entry(number, str(number), str(number - 1), Control(kind, "public.members", commit_time=number))
+
+
 async def test_a_member_that_is_loaded_again_before_it_is_in_doubt_leaves_nothing_behind(database: str) -> None:
     async with engine_of(database) as (engine, bob, admin):
         assert [audience.new for audience in await engine.audience([paper(1)])] == [{bob}]
@@ -88,5 +94,7 @@ async def test_a_membership_that_ends_is_in_doubt_for_all_that_its_transaction_w
 
 async def test_whoever_reads_on_is_told_from_where_on_it_sees_otherwise(database: str) -> None:
     async with engine_of(database) as (engine, bob, _):
-        changed = [verdict.changed for verdict in await engine.verdicts([paper(1), leaves(2), paper(3)], bob)]
-        assert changed == [set(), {"public.papers"}, set()]
+        entries = [paper(1), leaves(2), control("catalog", 3), control("resync", 4), paper(5)]
+        verdicts = await engine.verdicts(entries, bob)
+        papers = {"public.papers"}
+        assert [verdict.changed for verdict in verdicts] == [set(), papers, set(), papers, set()]
