@@ -41,6 +41,8 @@ WATCH_SECONDS: Final = 1.0
 _BACKOFF_SECONDS: Final = 0.25
 _SETTLE_SECONDS: Final = 5.0
 _READ: Final = 500
+_LOOK_BACK: Final = 5_000
+"""Entries from before it began that a process holds at most."""
 
 
 class Start(NamedTuple):
@@ -151,6 +153,7 @@ class Hub:
             await standing.policy.reload("*")  # what was read before may lack what the history told until here
             standing.epoch, standing.number = update.epoch, update.number
             standing.window.reset(update.number)
+            await self._look_back()
             self._begun.set()
         elif update.kind == "fork":
             await self._fork(update.epoch, update.number)
@@ -160,6 +163,18 @@ class Hub:
             await self._reconcile(update)
             await self._extend(update)
         standing.prove(update.proven_until, self._loop.time())
+
+    async def _look_back(self) -> None:
+        """Hold what came lately: those who were served elsewhere come back together, and would each read it alone."""
+        window = self._standing.window
+        while 1 < window.first > self._standing.number - _LOOK_BACK:
+            after = max(0, window.first - 1 - _READ)
+            try:
+                entries = await self._broker.read(after, limit=window.first - 1 - after)
+            except HistoryGoneError:
+                return
+            if not window.precede(entries):
+                return
 
     async def _reconcile(self, update: Update) -> None:
         """After following anew: get from where this process stood to where the update begins."""

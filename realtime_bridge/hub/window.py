@@ -105,6 +105,17 @@ class Window:
             self._bytes -= self._entries.popleft().entry.size
         return prepared
 
+    def precede(self, entries: Sequence[Entry]) -> bool:
+        """Add what comes right before the oldest; False if there is no room for it, or it does not."""
+        size = sum(entry.size for entry in entries)
+        if not entries or entries[-1].number != self.first - 1:
+            return False
+        if len(self._entries) + len(entries) > self._size or self._bytes + size > self._max_bytes:
+            return False
+        self._entries.extendleft(Prepared(entry) for entry in reversed(entries))
+        self._bytes += size
+        return True
+
     def cut(self, number: int) -> None:
         """Forget everything after a number: it never happened."""
         if number < self.first - 1:

@@ -19,6 +19,7 @@ from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BrokerError, TooManyRequestsError
 from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import breath, settler
+from realtime_bridge.hub import hub as hub_module
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import Reload, runs
@@ -231,6 +232,23 @@ class World:
             yield
 
 
+async def hub_of(
+    broker: MemoryBroker, policy: PolicyEngine, *, resync_seconds: float = 0.0, max_connections: int = 100
+) -> Hub:
+    """A hub that does not run yet, with its policy prepared."""
+    await policy.prepare()
+    return Hub(
+        broker,
+        policy,
+        tables=(POSTS, NOTES),
+        max_connections=max_connections,
+        max_connections_per_user=max_connections,
+        send_buffer_bytes=65_536,
+        ping_seconds=25,
+        resync_seconds=resync_seconds,
+    )
+
+
 @asynccontextmanager
 async def running(
     policy: PolicyEngine | None = None,
@@ -244,17 +262,7 @@ async def running(
     broker = ForkingBroker(history_size=history_size)
     token = await broker.acquire_lease(ttl=600)
     policy = policy or PolicyEngine([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})
-    await policy.prepare()
-    hub = Hub(
-        broker,
-        policy,
-        tables=(POSTS, NOTES),
-        max_connections=max_connections,
-        max_connections_per_user=max_connections,
-        send_buffer_bytes=65_536,
-        ping_seconds=25,
-        resync_seconds=resync_seconds,
-    )
+    hub = await hub_of(broker, policy, resync_seconds=resync_seconds, max_connections=max_connections)
     hub._standing.window = Window(size=window_size, max_bytes=1 << 20)
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(hub.run())
@@ -967,6 +975,32 @@ async def test_a_hub_that_runs_again_goes_on_with_whoever_was_behind() -> None:
             await passes(10)
             await world.restart()
         await eventually(lambda: all(reader.resyncs for _, reader in readers))
+
+
+@pytest.mark.parametrize(("look_back", "position", "slices"), [(700, 10, 0), (200, 400, 0), (200, 150, 2)])
+async def test_what_came_before_a_process_began_is_read_once_for_all_who_come_back(
+    look_back: int, position: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "_LOOK_BACK", look_back)
+    async with running() as world:
+        await world.append(*(insert(n, BOB if n % 2 else ANN) for n in range(1, 701)))
+        await world.settled()
+        policy = PolicyEngine([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})
+        other = await hub_of(world.broker, policy)
+        running_other = world.tasks.create_task(other.run())
+        await other.begun()
+        readers = {ANN: Reader(), BOB: Reader()}
+        for user, reader in readers.items():
+            connection = other.open(reader, claims(user))
+            other.subscribe(connection, [POSTS], await other.locate(f"{world.broker._epoch}-{position}"))
+        await eventually(lambda: other.behind() == 0)
+        assert [reader.keys for reader in readers.values()] == [
+            [n for n in range(position + 1, 701) if n % 2 == odd] for odd in (0, 1)
+        ]
+        assert other.counters.caught_up_from_broker == slices
+        for connection in tuple(other.connections):
+            other.close(connection)
+        running_other.cancel()
 
 
 async def test_a_broker_that_does_not_answer_holds_up_only_those_who_ask_it() -> None:
