@@ -697,7 +697,7 @@ async def test_a_commit_is_not_told_before_it_can_be_seen(namespace: str, rows: 
 
 
 async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: PostgresStream, rows: int) -> None:
-    await set_standbys(admin, "nobody")
+    await set_standbys(admin, db.dsn, "nobody")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(db.run(f"INSERT INTO posts SELECT generate_series(1, {rows})"))
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
@@ -707,17 +707,35 @@ async def commit_that_waits_for_a_standby(admin: Any, db: Database, stream: Post
         held = await batches(stream, lambda found: len(found) >= 4)
         assert bodies(held) == []
         assert await admin.fetchval("SELECT count(*) FROM posts") == 0
-        await set_standbys(admin, "")
+        await set_standbys(admin, db.dsn, "")
         assert [change.new for change in await read(stream, rows)] == [(str(n),) for n in range(1, rows + 1)]
         assert await admin.fetchval("SELECT count(*) FROM posts") == rows
         streamed = "SELECT stream_txns FROM pg_stat_replication_slots WHERE slot_name = $1"
         assert await admin.fetchval(streamed, db.slot) == (rows > 1)
 
 
-async def set_standbys(admin: Any, names: str) -> None:
+async def set_standbys(admin: Any, dsn: str, names: str) -> None:
     await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
     await admin.execute("SELECT pg_reload_conf()")
     await eventually(lambda: admin.fetchval("SELECT current_setting('synchronous_standby_names') = $1", names))
+    if names:
+        await commits_wait(admin, dsn)
+
+
+async def commits_wait(admin: Any, dsn: str) -> None:
+    """Wait until commits wait for standbys, which begins when the checkpointer, too, has read the settings again."""
+    connection = await asyncpg.connect(dsn)
+    is_waiting = "SELECT wait_event = 'SyncRep' FROM pg_stat_activity WHERE pid = $1"
+
+    async def commit_again_and_again() -> None:
+        with contextlib.suppress(asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+            while True:
+                await connection.execute("SELECT pg_current_xact_id()")
+
+    committing = asyncio.create_task(commit_again_and_again())
+    await eventually(lambda: admin.fetchval(is_waiting, connection.get_server_pid()))
+    connection.terminate()
+    await committing
 
 
 async def test_a_server_that_takes_the_bridge_for_a_standby_is_told_apart_from_a_slow_one(namespace: str) -> None:
@@ -726,11 +744,11 @@ async def test_a_server_that_takes_the_bridge_for_a_standby_is_told_apart_from_a
         try:
             await admin.execute("CREATE TABLE posts (id int PRIMARY KEY)")
             async with opened(server.dsn(), namespace) as db, db.source().open(None, owner="ns/1") as stream:
-                await set_standbys(admin, "*")
+                await set_standbys(admin, db.dsn, "*")
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(db.run("INSERT INTO posts VALUES (1)"))
                     with pytest.raises(SourceError, match="synchronous_standby_names"):
                         await batches(stream, lambda found: False)
-                    await set_standbys(admin, "")
+                    await set_standbys(admin, db.dsn, "")
         finally:
             await admin.close()
