@@ -730,7 +730,7 @@ async def commits_wait(admin: Any, dsn: str) -> None:
     async def commit_again_and_again() -> None:
         with contextlib.suppress(asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
             while True:
-                await connection.execute("SELECT pg_current_xact_id()")
+                await connection.execute("SELECT pg_logical_emit_message(true, 'test', '')")
 
     committing = asyncio.create_task(commit_again_and_again())
     await eventually(lambda: admin.fetchval(is_waiting, connection.get_server_pid()))
