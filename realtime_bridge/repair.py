@@ -15,8 +15,8 @@ everything still to come; there it is told. Meanwhile nothing is proven to the r
 Readers who may have read the table themselves since the last proof have copies that nothing here knows of: rows that
 came and went unheard, say. They alone are told a `resync`.
 
-A source may be further behind than it takes for proven (see `supabase_link`). Then a change may still come that is no
-newer than what was read back: it is not told, and is another doubt.
+A source may be further behind than it takes for proven (see `supabase_link`). Then a change may still come that is
+older than what was read back: it is not told, and is another doubt.
 
 Layer: core. May import: words, canonical, pgoutput, policy.ordering, broker.base, sources.base, rows.
 """
@@ -36,7 +36,6 @@ from realtime_bridge.broker.base import NOTE, Broker
 from realtime_bridge.canonical import family
 from realtime_bridge.change import ABSENT, Body, Change, Control, Image, Operation, Relation, Value
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError
-from realtime_bridge.pgoutput import filled
 from realtime_bridge.policy.ordering import OrderKey, is_ordered, order_key
 from realtime_bridge.rows import Note, RowIndex, decode_row, field_of, is_left_out
 from realtime_bridge.sources.base import TableReader
@@ -152,7 +151,7 @@ class Repairer:
     def sift(self, bodies: Sequence[Body]) -> tuple[Sequence[Body], str | None]:
         """The bodies up to the first that is not to be told, and the table of that one: from there on it is in doubt.
 
-        A change is not told if it is no newer than what was read back, or brings only some values of a row that may
+        A change is not told if it is older than what was read back, or brings only some values of a row that may
         have changed in others unheard.
         """
         for i, body in enumerate(bodies):
@@ -171,8 +170,7 @@ class Repairer:
         before = told.rows.get(name)
         if before is None:
             return False
-        column = self._limits.column
-        if is_older(relation, column, row, before) or not differs(relation, column, before, filled(row, before)):
+        if is_older(relation, self._limits.column, row, before):
             return True
         del told.rows[name]
         return False
@@ -401,7 +399,9 @@ def _is_same(type_: str, one: Value, other: Value) -> bool:
     try:
         if type_ in ("json", "jsonb"):
             return _canonical_json(one) == _canonical_json(other)
-        return type_ == "numeric" and float(one) == float(other)
+        if type_ in ("numeric", "float4", "float8"):
+            return float(one) == float(other)
+        return is_ordered(type_) and order_key(type_, one) == order_key(type_, other)
     except ValueError:
         return False
 

@@ -63,8 +63,9 @@ class FanOut:
         self._standing.reloads += 1
         if changed:
             async for before, member in self._join_anew(number):
-                member.sights = before.sights | member.sights  # what it saw until now
-                member.doubts.update(dict.fromkeys(changed, number))
+                if not member.sights:  # the first of its connections; what it saw until now
+                    member.sights = dict(before.sights)
+                    member.doubts.update(dict.fromkeys(changed, number))
 
     async def renew(self, number: int) -> None:
         """Learn anew what everybody sees: the numbers since when they do mean nothing from here on. In `turn` only."""

@@ -31,8 +31,8 @@ UNKNOWN: Final = Unknown.UNKNOWN
 
 SPREAD_SECONDS: Final = 10.0
 """A reader may be told to wait so long before it reads a table again."""
-LOAD_SECONDS: Final = 5.0
-"""A reader that begins, or has waited, may take so long to read a table."""
+LOAD_SECONDS: Final = 60.0
+"""A reader that begins, or has waited, may take so long to read a table; `client.js` gives up then."""
 
 
 class State(Enum):

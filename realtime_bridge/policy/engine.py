@@ -246,7 +246,7 @@ class PolicyEngine:
         for member in await self.knowledge.learn(known):
             member.pending = False
             member.learned += 1
-            if member.uses:
+            if member.uses and member in self._members:  # all may have been forgotten meanwhile
                 self._sort_in(member)
         for member in members:
             if member not in self._members:

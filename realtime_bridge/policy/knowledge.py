@@ -262,6 +262,10 @@ class Knowledge:
                 found[member] |= reference.tables
         for asked, _ in self._asked_by_table.get(table, ()):
             self._drop_answers(asked)
+            for member in self._members:
+                if self._is_asked_for(asked, member):
+                    found[member].add(asked.table)
+                    member.confirmed.discard(asked.table)
 
     def _seeing_otherwise(self, asked: Asked, reference: Reference, change: Change) -> Iterable[Member]:
         """Who may see other rows by a condition now."""

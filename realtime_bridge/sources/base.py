@@ -73,8 +73,8 @@ class Source(Protocol):
         tables.
 
         Args:
-            after: the watermark of the newest entry in the history; None if there is none (then no gap is declared:
-                nobody has a copy yet).
+            after: the watermark of the newest entry in the history; None if there is none (then a source whose upstream
+                keeps what was not read declares no gap).
             owner: `namespace/fencing token`, by which a successor knows and ends a reader that has lost its lease.
 
         Raises:

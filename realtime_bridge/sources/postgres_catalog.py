@@ -40,13 +40,14 @@ class Snapshot(NamedTuple):
     running: frozenset[int]
 
     def full(self, xid: int) -> int:
-        """The nearest transaction id of 64 bits to one of 32."""
-        distance = (xid - self.xmax) & 0xFFFFFFFF
-        return self.xmax + (distance if distance < 1 << 31 else distance - (1 << 32))
+        """The 64 bits of the id of a transaction that is visible; of 32 bits that are older than those, a newer one."""
+        newest = self.xmax - 1
+        return newest - ((newest - xid) & 0xFFFFFFFF)
 
     def shows(self, xid: int) -> bool:
         """Whether a committed transaction is visible. `xid` has 32 bits; the nearest 64-bit one is meant."""
-        full = self.full(xid)
+        distance = (xid - self.xmax) & 0xFFFFFFFF
+        full = self.xmax + (distance if distance < 1 << 31 else distance - (1 << 32))
         return full < self.xmin or (full < self.xmax and full not in self.running)
 
     @classmethod

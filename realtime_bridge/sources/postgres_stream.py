@@ -67,11 +67,17 @@ class _Proof(NamedTuple):
 
 
 class _Doubt(NamedTuple):
-    """Of these tables changes were not published; once everything up to `written` is given on, that is told."""
+    """Of these tables changes were not published; that is told once everything up to `written` is given on.
+
+    Attributes:
+        xmax: transactions before this one may have begun while the tables were not published.
+        written: None while any of those goes on.
+    """
 
     tables: tuple[str, ...]
     published: int
-    written: int
+    xmax: int
+    written: int | None = None
 
 
 class PostgresStream:
@@ -133,8 +139,8 @@ class PostgresStream:
         while True:
             if self._outbox:
                 return self._batch()
-            if self._doubt is not None and self._has_given(self._doubt.written):
-                return self._confession(self._doubt)
+            if (doubt := self._doubt) is not None and doubt.written is not None and self._has_given(doubt.written):
+                return self._confession(doubt)
             more = self._receive()
             now = loop.time()
             if self._assembler.ready and now >= self._look_at:
@@ -199,11 +205,20 @@ class PostgresStream:
             self._published = max(moment.published.values(), default=0)
         newer = tuple(table for table, since in moment.published.items() if since > self._published)
         if newer:
-            self._doubt = _Doubt(newer, max(moment.published.values()), moment.written)
+            self._suspect(newer, max(moment.published.values()), moment)
             self._proof = None
         elif self._proof is None and moment.published.keys() >= set(self._tables):
             self._proof = _Proof(moment.time, moment.written, asyncio.get_running_loop().time())
         return moment
+
+    def _suspect(self, tables: tuple[str, ...], published: int, moment: Moment) -> None:
+        """Begin to doubt, or go on: a doubt that is the same stays, however often it is met before it is told."""
+        doubt = self._doubt
+        if doubt is None or (doubt.tables, doubt.published) != (tables, published):
+            doubt = _Doubt(tables, published, moment.snapshot.xmax)
+        if doubt.written is None and moment.snapshot.xmin >= doubt.xmax:
+            doubt = doubt._replace(written=moment.written)
+        self._doubt = doubt
 
     async def _build_visible(self, moment: Moment) -> bool:
         """Build the oldest transactions, as far as the snapshot shows them.

@@ -4,8 +4,8 @@ At most once by nature: an event has no number, the slot behind it is temporary,
 dropped in silence. So everything that may have cost a change is a *doubt*, told behind all that was received before
 it: whoever reads the table again after it cannot be thrown back by an older change.
 
-A link that is not healthy ends the stream; whoever reads opens it again, with backoff, and a stream that continues a
-history begins with a doubt of every table.
+A link that is not healthy ends the stream; whoever reads opens it again, with backoff, and a stream begins with a doubt
+of every table.
 
 What cannot be had this way: digits of a `numeric` beyond those of a double (see `supabase_texts`); the base type of a
 domain; commits that the server's poller silently left out (a canary notices, if there are many in a row).
@@ -62,7 +62,7 @@ class SupabaseSource:
         """
         async with linked(self._url, self._key, self._tables, self._canary) as link:
             logger.info("supabase source live", extra={"tables": ",".join(self._tables)})
-            yield SupabaseStream(link, self._reader, self._mark, self._tables, is_gap=after is not None)
+            yield SupabaseStream(link, self._reader, self._mark, self._tables)
 
     async def check(self) -> None:
         """Subscribe and leave again; see `Source.check`."""
@@ -77,13 +77,12 @@ class SupabaseStream:
     proves the link and all that the server had sent by then, not the server's own poller behind it.
     """
 
-    def __init__(self, link: Link, reader: PayloadReader, mark: str, tables: tuple[str, ...], *, is_gap: bool) -> None:
+    def __init__(self, link: Link, reader: PayloadReader, mark: str, tables: tuple[str, ...]) -> None:
         self._link = link
         self._reader = reader
         self._mark = mark
         self._watermark = mark
         self._tables = tables
-        self._is_gap = is_gap
 
     def __aiter__(self) -> AsyncIterator[SourceBatch]:
         return self._batches()
@@ -92,8 +91,8 @@ class SupabaseStream:
         """Nothing upstream waits for it."""
 
     async def _batches(self) -> AsyncIterator[SourceBatch]:
-        # Also without a gap, the history must learn that somebody has read: the next to open it continues.
-        yield SourceBatch(watermark=self._watermark, doubts=self._tables if self._is_gap else ())
+        # Also where nobody has read before: readers may have come, and read the tables, before the link was live.
+        yield SourceBatch(watermark=self._watermark, doubts=self._tables)
         while True:
             await self._link.wait(BATCH_SECONDS)
             yield await self._next()
