@@ -199,7 +199,7 @@ class Position(NamedTuple):
     """A place in the history: everything up to and including `number` lies behind the reader.
 
     Attributes:
-        told: if more than that: the number up to which it was told whenever it sees otherwise, and has read again.
+        told: a digest of what its reader sees, if it was told to read again behind the entry, and by no other; or 0.
     """
 
     epoch: str
@@ -207,7 +207,7 @@ class Position(NamedTuple):
     told: int = 0
 
     def __str__(self) -> str:
-        return f"{self.epoch}-{self.number}" + (f"-{self.told}" if self.told > self.number else "")
+        return f"{self.epoch}-{self.number}" + (f"-{self.told}" if self.told else "")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -217,7 +217,7 @@ class Position(NamedTuple):
             InvalidPositionError: it cannot be one of ours.
         """
         match = _POSITION.fullmatch(text)
-        if match is None or (match[3] and int(match[3]) <= int(match[2])):
+        if match is None:
             raise InvalidPositionError(text)
         return cls(match[1], int(match[2]), int(match[3] or 0))
 

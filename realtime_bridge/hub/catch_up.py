@@ -21,7 +21,7 @@ from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
 from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown
 from realtime_bridge.hub.window import Prepared, wrap
-from realtime_bridge.policy.base import Verdict
+from realtime_bridge.policy.base import Member, Verdict
 from realtime_bridge.wire import native
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ class CatchUp:
         is more to do at once. Raises nothing: a broker that does not answer is asked again later, and a fault of ours
         costs this reader a resync.
         """
+        if self._standing.policy.has_expired(subscription.connection.member):
+            await self._expire(subscription.connection.member)
         if not self._settler.is_settled(subscription.connection.member) and not await self._settle(subscription):
             return 0
         try:
@@ -104,6 +106,17 @@ class CatchUp:
             logger.exception("reading on failed", extra={"connection": subscription.connection.id})
             self._excuse(subscription)
         return 0
+
+    async def _expire(self, member: Member) -> None:
+        """Have a member learned anew; those of its readers who are at the end read on from there afterwards."""
+        standing = self._standing
+        async with standing.turn:
+            if not standing.policy.expire(member):
+                return
+            for other in tuple(standing.directory.of({member})):
+                if other.state is State.AT_END:
+                    standing.depart(other, standing.number, State.BEHIND)
+                    self.resume(other)
 
     async def _settle(self, subscription: Subscription) -> bool:
         """Whether the reader's member is settled now; if not, the reader is held until it is.
@@ -239,7 +252,7 @@ class CatchUp:
         Returns False if the reader must be held where it is.
         """
         for table in changed & subscription.tables:
-            if number > max(subscription.covered.get(table, 0), subscription.came_told):
+            if number > subscription.covered.get(table, 0):
                 if not self._resync(subscription, table, "visibility_changed", subscription.number, out):
                     return False
                 subscription.see(table)

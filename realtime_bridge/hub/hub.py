@@ -222,7 +222,6 @@ class Hub:
             standing.window.cut(number)
             for subscription in self._subscriptions():
                 subscription.number = min(subscription.number, number)
-                subscription.came_told = min(subscription.came_told, number)
                 subscription.covered.clear()
             for connection in self.connections:
                 connection.written = min(connection.written, number)
@@ -301,7 +300,8 @@ class Hub:
         if any(subscription.owed is not None for subscription in subscriptions):
             return NOWHERE
         number = connection.number(self._standing.number)
-        return self._standing.position(number, min((s.told_to() for s in subscriptions), default=0))
+        told = {subscription.told_at(number) for subscription in subscriptions}
+        return self._standing.position(number, told.pop() if len(told) == 1 else 0)
 
     def at_end(self, connection: Connection) -> bool:
         """Whether every subscription of a connection is at the end."""

@@ -108,7 +108,9 @@ class Settler:
         found = await self._tell(members)
         for member, table, digest, doubt, since in found:
             # What lies further ahead is of a branch of the history that is cut off, or will be met and put in doubt.
-            member.sights[table] = Seen(digest, min(since, max(reached, doubt) + 1))
+            since, before = min(since, max(reached, doubt) + 1), member.sights.get(table)
+            is_as_before = before is not None and before.digest == digest and not doubt
+            member.sights[table] = Seen(digest, before.since if before and is_as_before else since, since)
             if doubt and member.doubts.get(table) == doubt and not member.pending:
                 del member.doubts[table]
                 member.confirmed.add(table)
@@ -121,9 +123,8 @@ class Settler:
         """
         policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
         known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
-        reached = max(number, self._standing.reached)
-        news = {table: reached if policy.is_followed(table) else reached + 1 for table in tables}
-        sights = [_sight(*what, number, news[what[1]]) for what in known]
+        news = max(number, self._standing.reached) + 1
+        sights = [_sight(*what, number, news) for what in known]
         found = await self._broker.recall(self._standing.epoch, sights)
         return [(*what, since) for what, since in zip(known, found, strict=True)]
 
@@ -138,7 +139,7 @@ def _sight(member: Member, table: str, digest: str, doubt: int, number: int, new
 
     Where an entry has put it in doubt, a change is that entry's. Where that entry changed nothing, what it told may
     have been known here before, read at some time before it came: unless that was read because of an entry, too.
-    Without one, a change has been passed by now (`news`), or is to be told to whoever stands here.
+    Without one, a change is to be told to whoever stands here (`news`).
     """
     least = 0 if table in member.confirmed else doubt
     before = member.sights[table].digest if doubt and table in member.sights else ""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
 from realtime_bridge.change import ABSENT, Change, Control, Image, Relation, ResyncReason
@@ -134,11 +135,11 @@ class Subscription:
         where the digest is the same and may have been another in between, once the reader comes up to there (`until`).
         """
         now, seen = self.connection.member.sights.get(table), self.seen.get(table)
-        if now is None or now == seen:
+        if now is None:
             return False
         if seen is None:
-            return max(self.number, self.came_told) < now.since
-        return seen.digest != now.digest or self.number < now.since <= until
+            return self.number < now.elsewhere and not (self.came_told and self.came_told == self._sighted())
+        return not now.is_as(seen) and (seen.digest != now.digest or self.number < now.since <= until)
 
     @property
     def is_current(self) -> bool:
@@ -146,12 +147,17 @@ class Subscription:
         sights = self.connection.member.sights
         return not any(self.outdated(table, sights[table].since) for table in self.tables if table in sights)
 
-    def told_to(self) -> int:
-        """Up to which number its reader was told whenever it sees otherwise; 0 if that is no more than `number`."""
-        if not self.is_current:
-            return 0
+    def told_at(self, number: int) -> int:
+        """`Position.told` where its reader was sent everything up to a number."""
         sights = self.connection.member.sights
-        return max((sights[table].since for table in self.tables if table in sights), default=0)
+        by_entries = all(s.since <= number >= s.elsewhere for t, s in sights.items() if t in self.tables)
+        return 0 if by_entries or not self.is_current else self._sighted()
+
+    def _sighted(self) -> int:
+        """A digest, never 0, of what its member sees of its tables."""
+        sights = self.connection.member.sights
+        seen = sorted((table, sights[table].digest) for table in self.tables if table in sights)
+        return 1 + int.from_bytes(blake2b(repr(seen).encode(), digest_size=7).digest())
 
     def shown(self, table: str) -> tuple[str, ...] | None:
         """The columns shown of a table beside its key: those chosen, as far as they may be read; None for all."""

@@ -18,10 +18,21 @@ from realtime_bridge.claims import Claims
 
 
 class Seen(NamedTuple):
-    """What is seen of a table, by digest, and the number since which it has been so."""
+    """What is seen of a table.
+
+    Attributes:
+        digest: of what decides it.
+        since: the number since which it has been so, for readers who were served here meanwhile.
+        elsewhere: the same for those who come from elsewhere, perhaps with another token.
+    """
 
     digest: str
     since: int
+    elsewhere: int
+
+    def is_as(self, other: "Seen") -> bool:
+        """Whether whoever was served here meanwhile sees as before."""
+        return self[:2] == other[:2]
 
 
 class Member:
@@ -129,10 +140,6 @@ class Policy(Protocol):
         """
         ...
 
-    def is_followed(self, table: str) -> bool:
-        """Whether all that decides who sees what of a table comes through the history, or with the token."""
-        ...
-
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
         """Who may see each entry, one answer an entry (controls are seen by nobody).
 
@@ -154,6 +161,14 @@ class Policy(Protocol):
         Returns the tables of which something has changed; every member is pending then, and has to be joined anew,
         since policies may now tell apart what they could not before.
         """
+        ...
+
+    def has_expired(self, member: Member) -> bool:
+        """Whether what is known of a member is too old to decide by, with nothing that says so."""
+        ...
+
+    def expire(self, member: Member) -> bool:
+        """Have such a member pending; its readers must not be at the end then. False if it is no such member."""
         ...
 
     def part(self) -> None:

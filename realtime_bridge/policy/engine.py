@@ -223,8 +223,7 @@ class PolicyEngine:
         key = identity(claims, self.knowledge.claims_kept)
         member = self._members.get(key) or self._members.add(key, claims)
         member.uses += 1
-        if member.uses == 1:
-            member.compared = False  # it may have been served elsewhere, with another token
+        member.compared = False  # whoever comes may have been served elsewhere, with another token
         if member.uses == 1 and not member.pending:
             self._sort_in(member)
         return member
@@ -258,10 +257,6 @@ class PolicyEngine:
         if member not in self._members or self.knowledge.is_unlearned(member, table):
             return ""  # it left before anything was learned of it, or nothing could be
         return self._tables[table].digest_for(member)
-
-    def is_followed(self, table: str) -> bool:
-        """See `Policy.is_followed`."""
-        return self.knowledge.is_followed(table)
 
     def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
         """See `Policy.refusal`."""
@@ -304,6 +299,17 @@ class PolicyEngine:
             member.pending = True
             self._members.forget(member)
 
+    def has_expired(self, member: Member) -> bool:
+        """See `Policy.has_expired`."""
+        return self._members.has_expired(member)
+
+    def expire(self, member: Member) -> bool:
+        """See `Policy.expire`."""
+        has_expired = self._members.take_expired(member)
+        if has_expired:
+            self._forget(member)
+        return has_expired
+
     # -- verdicts
 
     async def audience(self, entries: Sequence[Entry]) -> list[Audience]:
@@ -330,13 +336,17 @@ class PolicyEngine:
         """Whoever sees, or may see, something else by an entry: nothing is decided for them before it is known."""
         doubtful: set[Member] = set()
         for member, tables in self.knowledge.doubts(entry.body).items():
-            self._sort_out(member)
-            member.pending = True
-            self.knowledge.forget(member)
+            self._forget(member)
             member.doubts.update(dict.fromkeys(tables, entry.number))
             if member.uses:
                 doubtful.add(member)
         return frozenset(doubtful)
+
+    def _forget(self, member: Member) -> None:
+        """Nothing is known of a member any more, until it is loaded again."""
+        self._sort_out(member)
+        member.pending = True
+        self.knowledge.forget(member)
 
     async def _decide_run(self, run: Sequence[Entry]) -> list[Audience]:
         changes = [entry.body if isinstance(entry.body, Change) else None for entry in run]

@@ -29,7 +29,7 @@ from realtime_bridge.policy.doubts import (
     texts_of,
     users_named,
 )
-from realtime_bridge.policy.expression import Asked, Claim, Fact, Query
+from realtime_bridge.policy.expression import Asked, Claim, Query
 from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
 from realtime_bridge.policy.index import AudienceIndex, Question
 from realtime_bridge.policy.keeping import Dependencies, Keeping, References, part_of
@@ -155,12 +155,6 @@ class Knowledge:
             depends.keeping is Keeping.TRACKED
             and all(now - self._known_since[table] > NEW_SECONDS for table in depends.tables)
         )
-
-    def is_followed(self, table: str) -> bool:
-        """Whether whatever a table's policies rest on is tracked."""
-        known = self._tables[table]
-        wanted: list[Fact | Asked] = [*known.facts, *known.asked]
-        return all(isinstance(what, Claim) or self._is_tracked(what) for what in wanted)
 
     # -- members
 

@@ -53,9 +53,7 @@ class Members:
         member = self._known.get(key)
         if member is not None and member in self._absent:
             del self._absent[member]
-            if (ends := self._expiring.get(member)) is not None and ends < self._clock():
-                del self._expiring[member]
-                member.pending = True
+            member.pending |= self.take_expired(member)
         return member
 
     def add(self, key: tuple[str, str], claims: Claims) -> Member:
@@ -96,6 +94,18 @@ class Members:
         """What is known of a member holds for so long from now; for all members the same."""
         self._expiring.pop(member, None)
         self._expiring[member] = self._clock() + seconds
+
+    def has_expired(self, member: Member) -> bool:
+        """Whether what is known of one member has expired, and nobody was told of that."""
+        ends = self._expiring.get(member)
+        return ends is not None and ends < self._clock()
+
+    def take_expired(self, member: Member) -> bool:
+        """The same, but somebody is told of it now."""
+        has_expired = self.has_expired(member)
+        if has_expired:
+            del self._expiring[member]
+        return has_expired
 
     def expired(self) -> list[Member]:
         """Those of whom what is known has expired since the last call."""

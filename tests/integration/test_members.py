@@ -29,17 +29,22 @@ SCHEMA = f"""
       team in (select m.team from members m where m.user_id = auth.uid()));
     alter table members enable row level security;
     alter table papers enable row level security;
+    create function is_member(wanted int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.members m where m.team = wanted and m.user_id = auth.uid()) $$;
     grant select on members, papers to authenticated;
     insert into members values ('{BOB}', 1);
 """
 
 
 @asynccontextmanager
-async def engine_of(dsn: str) -> AsyncIterator[tuple[PolicyEngine, Member, "asyncpg.Connection[asyncpg.Record]"]]:
+async def engine_of(
+    dsn: str, policy: str = "true"
+) -> AsyncIterator[tuple[PolicyEngine, Member, "asyncpg.Connection[asyncpg.Record]"]]:
     """An engine, a member of team 1 that is loaded, and a connection to change that."""
     admin = await asyncpg.connect(dsn)
     try:
         await admin.execute(SCHEMA)
+        await admin.execute(f"create policy further on papers as restrictive using ({policy})")
         async with Database(dsn) as database:
             asking = Asking(database.transaction, ["authenticated"])
             tables = ["public.papers"]
@@ -79,7 +84,7 @@ async def test_a_member_that_is_loaded_again_before_it_is_in_doubt_leaves_nothin
 
 async def test_what_a_member_that_is_away_saw_is_put_in_doubt_as_well(database: str) -> None:
     async with engine_of(database) as (engine, bob, _):
-        bob.sights = {"public.papers": Seen("digest", 0)}
+        bob.sights = {"public.papers": Seen("digest", 0, 0)}
         engine.leave(bob)
         assert [audience.doubtful for audience in await engine.audience([leaves(2)])] == [set()]
         assert engine.join(CLAIMS) is bob
@@ -90,6 +95,13 @@ async def test_a_membership_that_ends_is_in_doubt_for_all_that_its_transaction_w
     async with engine_of(database) as (engine, bob, _):
         first, second = await engine.audience([paper(1, time=7), leaves(2, time=7)])
         assert (first.new, first.doubtful, second.doubtful) == (set(), {bob}, set())
+
+
+async def test_what_is_asked_of_rows_is_in_doubt_where_a_whole_table_is(database: str) -> None:
+    async with engine_of(database, "is_member(team)") as (engine, bob, _):
+        assert [audience.new for audience in await engine.audience([paper(1)])] == [{bob}]
+        [audience] = await engine.audience([control("resync", 2)])
+        assert (audience.doubtful, bob.pending, bob.doubts) == ({bob}, True, {"public.papers": 2})
 
 
 async def test_whoever_reads_on_is_told_from_where_on_it_sees_otherwise(database: str) -> None:

@@ -100,7 +100,6 @@ def test_a_position_comes_back_as_it_was(epoch: str, number: int, further: int) 
         "abcd-1 ",
         "a-b-1",
         "abcd-9" * 9,
-        "abcd-2-2",
         "abcd-2-03",
     ],
 )

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from starlette.requests import Request
 
-from realtime_bridge.broker.base import Sight, Update
+from realtime_bridge.broker.base import SIGHT_SECONDS, Sight, Update
 from realtime_bridge.broker.memory import MemoryBroker, _wait, _wake
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry, Image, Position, Relation
 from realtime_bridge.claims import Claims
@@ -206,9 +206,15 @@ class World:
         return self.hub.open(reader, claims(user, team)), reader
 
     async def connect(
-        self, user: str = ANN, position: str | None = None, *, tables: Sequence[str] = (POSTS,), id_: str | None = None
+        self,
+        user: str = ANN,
+        position: str | None = None,
+        *,
+        team: str = "red",
+        tables: Sequence[str] = (POSTS,),
+        id_: str | None = None,
     ) -> tuple[Connection, Reader]:
-        connection, reader = self.open(user)
+        connection, reader = self.open(user, team)
         self.hub.subscribe(connection, tables, await self.hub.locate(position), id_=id_)
         return connection, reader
 
@@ -802,6 +808,46 @@ async def test_whoever_begins_is_known_before_it_is_told_where() -> None:
         _, reader = await world.connect(CAL, position)
         await world.settled()
         assert (reader.resyncs, reader.keys) == ([], [1, 2])
+
+
+async def test_whoever_reads_on_is_not_decided_by_what_has_expired() -> None:
+    async with running() as world:
+        connection, present = await world.connect()
+        await world.settled()
+        position = world.hub.position
+        await world.append(insert(1))
+        await world.settled()
+        learned = connection.member.learned
+        world.policy._members.expire(connection.member, -1)
+        _, reader = await world.connect(position=position)
+        await world.settled()
+        await world.append(insert(2))
+        await world.settled()
+        assert (present.keys, reader.keys, connection.member.learned) == ([1, 2], [1, 2], learned + 1)
+
+
+async def test_whoever_comes_back_with_another_token_is_told_though_nothing_has_happened() -> None:
+    async with running() as world:
+        connection, _ = await world.connect()
+        await world.append(insert(1))
+        await world.settled()
+        position = world.hub.position_of(connection)
+        world.hub.close(connection)
+        world.broker._clock = lambda: time.monotonic() + 2 * SIGHT_SECONDS
+        start = await world.hub.locate(None, claims(team="blue"))
+        connection, present = world.open(team="blue")
+        world.hub.subscribe(connection, [POSTS], start)
+        await world.settled()
+        for _ in range(2):
+            connection, reader = await world.connect(position=position, team="blue")
+            await world.settled()
+            assert (reader.resyncs, reader.keys) == (["visibility_changed"], [])
+        told = world.hub.position_of(connection)
+        _, again = await world.connect(position=told, team="blue")
+        await world.settled()
+        await world.append(insert(2))
+        await world.settled()
+        assert (again.resyncs, again.keys, present.resyncs) == ([], [2], [])
 
 
 async def test_another_token_of_the_user_costs_nobody_a_resync_who_begins_or_stays(
