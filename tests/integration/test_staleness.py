@@ -315,6 +315,7 @@ class Poller:
 async def test_a_poll_is_told_once_that_its_user_sees_otherwise(
     database: str, namespace: str, redis_url: str, table: str, limit: int
 ) -> None:
+    """Twice at most if the answer that tells it ends there, right before the change itself."""
     async with replicas(database, namespace, redis_url, table) as it:
         await it.admin.execute(f"insert into members values ('{BOB}', 1)")
         await it.met()
@@ -326,10 +327,10 @@ async def test_a_poll_is_told_once_that_its_user_sees_otherwise(
         await it.met()
         for _ in range(8):
             await poller.poll(limit)
-        assert poller.resyncs == 1
+        assert poller.resyncs in ({1} if limit > 1 else {1, 2})
 
 
-async def test_a_poll_is_told_once_of_a_policy_that_changed_though_nothing_follows(
+async def test_a_poll_is_told_of_a_policy_that_changed_though_nothing_follows_until_all_have_found_out(
     database: str, namespace: str, redis_url: str
 ) -> None:
     async with replicas(database, namespace, redis_url, "directly") as it:
@@ -340,13 +341,15 @@ async def test_a_poll_is_told_once_of_a_policy_that_changed_though_nothing_follo
         await it.admin.execute("alter policy p on directly using (team = 7)")  # which both find out by watching
 
         async def is_told() -> bool:
+            before = poller.resyncs
             await poller.poll()
-            return poller.resyncs > 0
+            return poller.resyncs == before > 0
 
         await eventually(is_told)
-        for _ in range(3):
+        told = poller.resyncs
+        for _ in range(10):
             await poller.poll()
-        assert poller.resyncs <= len(it.bridges)  # of which each has found it out by itself
+        assert poller.resyncs == told
 
 
 async def test_who_begins_while_its_facts_cannot_be_read_is_told_what_changes_meanwhile(
