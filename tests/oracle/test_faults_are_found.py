@@ -29,9 +29,9 @@ from tests.oracle.faults import FAULTS
 from tests.oracle.planted import PLANTED
 from tests.oracle.stage import stage
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(240)]
 
-ROUNDS = 15
+ROUNDS = 60
 """Quiet moments after each of which all is compared: a fault that has not shown by then is not found."""
 
 
