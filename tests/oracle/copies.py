@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
 
 from tests.clients import Message, bearer, http, open_socket, read_posts, receive
-from tests.oracle.truth import open_connection, read_as
+from tests.oracle.truth import close, open_connection, read_as
 from tests.oracle.world import Key, Row, Tables, User, key_of
 from tests.oracle.writer import LOST
 
@@ -172,7 +172,7 @@ class Copy:
         try:
             return await read_as(connection, self.user, table)
         finally:
-            connection.terminate()
+            await close(connection)
 
 
 def concerned(resync: Message, user: User) -> Sequence[str]:

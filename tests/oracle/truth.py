@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -155,6 +156,15 @@ async def read_all(connection: Any, table: str) -> dict[Key, Row]:
     """All rows that whoever is connected sees."""
     rows = [json.loads(record[0]) for record in await connection.fetch(f"select to_jsonb(t)::text from {table} t")]
     return {tuple(row[column] for column in KEYS[table]): row for row in rows}
+
+
+_CLOSE_SECONDS: Final = 2.0
+
+
+async def close(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Close a connection, whatever has become of it; one that was interrupted first takes back what it asked for."""
+    with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+        await connection.close(timeout=_CLOSE_SECONDS)
 
 
 async def open_connection(dsn: str) -> "asyncpg.Connection[asyncpg.Record]":

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from tests.oracle.truth import RowChange, Truth, open_connection, read_all
+from tests.oracle.truth import RowChange, Truth, close, open_connection, read_all
 from tests.oracle.world import KEYS, POLICIES, TEAMS, TRANSACTION_ROWS, USERS, Key, Row, key_of
 
 LOST: Final = (
@@ -130,7 +130,7 @@ class Writer:
 
     async def close(self) -> None:
         if self._connection is not None:
-            self._connection.terminate()
+            await close(self._connection)
 
     # -- however the connection fares
 
