@@ -192,6 +192,7 @@ class Bridge:
             source,
             broker,
             make_table_reader(settings, database),
+            rights=policy,
             tables=settings.tables,
             limits=RepairLimits(settings.repair_column, settings.repair_rows),
             namespace=settings.namespace,
@@ -258,7 +259,7 @@ class Bridge:
         yield "gauge", "leading", "1 while this process reads the source.", ingest.state.leading
         yield "gauge", "complete_until_seconds", "Nothing committed before this time is missing.", until or 0.0
         repair = ingest.state.repair
-        appended = ingest.state.appended + repair.told + repair.resyncs
+        appended = ingest.state.appended + ingest.state.rights.told + repair.told + repair.resyncs
         yield "counter", "appended", "Entries appended by this process.", appended
         yield "counter", "entries", "Entries fanned out.", counters.entries
         yield "counter", "delivered", "Messages handed to sinks.", counters.delivered

@@ -152,7 +152,8 @@ class Control:
 
     Attributes:
         kind: `resync`: copies of the table may be out of date (clients are told). `catalog`: the table's policies,
-            grants or columns may have changed: read them again before what follows is decided.
+            grants or columns may have changed: read them again before what follows is decided. With a reason they have,
+            and readers from before are told.
         table: `schema.table`, or `*`.
         since: of a `resync` that concerns only readers who may have read the table later than this, in microseconds
             since 1970; None if it concerns all.

@@ -1,6 +1,6 @@
 """Source → broker, while this process holds the lease.
 
-Layer: core. May import: words, sources.base, broker.base, rows, seeding, repair.
+Layer: core. May import: words, sources.base, broker.base, rows, seeding, repair, rights.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.errors import BridgeError, BrokerError, ConfigurationError, ForkError, LeaseLostError
 from realtime_bridge.repair import Repairer, RepairLimits, RepairState
+from realtime_bridge.rights import Rights, RightsState, RightsTeller
 from realtime_bridge.rows import IndexState, RowIndex
 from realtime_bridge.seeding import Seeder
 from realtime_bridge.sources.base import Source, SourceBatch, SourceStream, TableReader
@@ -49,6 +50,7 @@ class IngestState:
     restarts: int = 0
     batch_at: float = field(default=0.0)
     rows: IndexState = field(default_factory=IndexState)
+    rights: RightsState = field(default_factory=RightsState)
     repair: RepairState = field(default_factory=RepairState)
 
 
@@ -59,6 +61,7 @@ class Ingest:
         reader: of the tables, for rows that have not changed yet, and for changes that may have been missed.
         tables: `schema.table` each.
         limits: of what is read back.
+        rights: by which this process decides what is seen.
         canary: written while this process leads, for a source that hears of it.
         ttl: seconds for which the lease holds without being extended.
         namespace: with the fencing token, the name by which a successor recognises this reader.
@@ -70,6 +73,7 @@ class Ingest:
         broker: Broker,
         reader: TableReader,
         *,
+        rights: Rights,
         tables: Sequence[str],
         limits: RepairLimits,
         namespace: str,
@@ -80,6 +84,7 @@ class Ingest:
         self._source = source
         self._broker = broker
         self._reader = reader
+        self._rights = rights
         self._tables = tables
         self._limits = limits
         self._namespace = namespace
@@ -117,6 +122,7 @@ class Ingest:
         rows = RowIndex(self._broker, self._tables, self.state.rows)
         seeder = Seeder(self._broker, self._reader, rows, self._tables, self.state.rows, token)
         repairer = Repairer(self._broker, self._reader, rows, self._limits, self.state.repair, token)
+        teller = RightsTeller(self._broker, self._rights, rows, self.state.rights, token)
         self.state.leading = True
         logger.info("leading", extra={"token": token})
         try:
@@ -125,6 +131,7 @@ class Ingest:
                 tasks.create_task(self._copy(token, rows, repairer), name="copy")
                 tasks.create_task(seeder.run(), name="seed")
                 tasks.create_task(repairer.run(), name="repair")
+                tasks.create_task(teller.run(), name="rights")
                 if self._canary is not None:
                     tasks.create_task(self._canary.run(), name="canary")
         except* BridgeError as group:

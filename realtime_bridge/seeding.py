@@ -4,7 +4,7 @@ Rows that a change has written are never overwritten: they are older than what i
 difference are on their way. A row that is deleted while its page is read may be left behind in the index; nothing asks
 for it before its key is inserted again.
 
-Layer: core. May import: words, broker.base, sources.base, rows.
+Layer: core. May import: words, broker.base, sources.base, rights, rows.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from realtime_bridge.broker.base import NOTE, Broker, RowChange
 from realtime_bridge.change import Relation
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError
+from realtime_bridge.rights import RIGHTS
 from realtime_bridge.rows import IndexState, Note, RowIndex, encode_row, field_of, is_indexed
 from realtime_bridge.sources.base import Page, TableReader
 
@@ -70,7 +71,7 @@ class Seeder:
 
     async def _forget_others(self) -> None:
         """Forget tables that are configured no longer: nothing keeps their rows up to date."""
-        others = [RowChange(table) for table in await self._broker.indexed() if table not in self._tables]
+        others = [RowChange(table) for table in await self._broker.indexed() if table not in {*self._tables, RIGHTS}]
         if others:
             await self._append(others)
 

@@ -72,9 +72,10 @@ class Durability:
 
 
 SIGHT_SECONDS: Final = 150.0
-"""A sight that was told of so lately is taken to be in use still: tell of it again in less than half of that."""
+"""For so long after a sight was told of somebody may be served by it still: tell of it again in less than half of that,
+and before anybody is served who comes."""
 SIGHTS_OF_A_TABLE: Final = 8
-"""Per user; tokens of one user can differ in what they show."""
+"""Per user; tokens of one user can differ in what they show. That told of longest ago goes first."""
 MOST_SIGHTS: Final = 500_000
 """Users, times tables. What was told of longest ago goes first; who comes back then is told to read again."""
 
@@ -84,11 +85,11 @@ class Sight(NamedTuple):
 
     Attributes:
         user: the same word for the same user and role, whatever the token.
-        digest: of what decides it, `policy.token.rest`: equal if the same rows are seen. Two by the same policy that
-            differ in what the token says are of two tokens, and may be in use at the same time; of all others that of
-            which it was told later has taken the other's place.
-        number: where the process stands.
-        changed: the number since which it is so, if it is news to the broker that it is.
+        digest: `rights.alone.rest`, of what decides it: equal if the same rows are seen. Other rights are told of by
+            the history, and say nothing here. By the same rights, two that differ in what stands `alone` (a token, or
+            what no entry tells the change of) can be in use at the same time; of two that differ in the rest only, that
+            of which it was told later has taken the other's place.
+        changed: the number since which it is so, if it is news to the broker that it is; None if nobody knows.
         least: the number before which it may have been otherwise, whatever the broker knows; 0 for none.
         before: the digest that held until `changed`, if it was this one's and holds for nobody any more; or empty.
     """
@@ -96,8 +97,7 @@ class Sight(NamedTuple):
     user: str
     table: str
     digest: str
-    number: int
-    changed: int
+    changed: int | None = None
     least: int = 0
     before: str = ""
 
@@ -220,11 +220,12 @@ class Broker(Protocol):
         ...
 
     async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
-        """Remember what users see, and tell for each sight since which number nothing else has been in use.
+        """Remember what users see, and tell for each sight since which number nothing else can have been in use.
 
         A reader of an older position than the answer may have a copy that shows what it may not see, or lacks what it
-        may. A user of whom nothing is known has no copy: then the answer is `Sight.number`. Kept for as long as the
-        history, counted from when it was last told of.
+        may. Another sight that can be in use may be so until `SIGHT_SECONDS` after it was last told of: until then the
+        answer is the next entry's number. A user of whom nothing is known has no copy: then it is the newest entry's.
+        No answer lies beyond the next entry. What was told of is kept for as long as the history.
 
         Args:
             epoch: that of the numbers.

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final, Literal, NoReturn, Self
 
 from realtime_bridge.broker.base import (
@@ -39,10 +40,9 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A digest in use: since and until which number, and when it was last told of (0: nobody has it any more)."""
+    """A digest: since which number nothing else can have been in use, and when it was last told of."""
 
     since: int
-    last: int
     told_at: float
 
 
@@ -255,17 +255,28 @@ class MemoryBroker:
     def _recall(self, sight: Sight, now: float) -> int:
         seen = self._sights.pop((sight.user, sight.table), {})
         self._sights[sight.user, sight.table] = seen
-        newest = next((digest for digest in reversed(seen) if not _are_rivals(digest, sight.digest)), sight.digest)
-        own = seen.pop(sight.digest, None)
-        if sight.before and sight.before != sight.digest and (ended := seen.pop(sight.before, None)):
-            seen[sight.before] = _Seen(ended.since, sight.changed - 1, 0)
-        is_known = own is not None and newest == sight.digest
-        since = own.since if own is not None and is_known else sight.changed if seen else sight.number
-        for digest, other in seen.items():
-            is_in_use = _are_rivals(digest, sight.digest) and now - other.told_at < SIGHT_SECONDS
-            since = max(since, (sight.number if is_in_use else other.last) + 1)
-        since = max(since, sight.least)
-        seen[sight.digest] = _Seen(since, sight.number, now)
+        following = self._number + 1
+        own = seen.get(sight.digest)
+        told_at = own.told_at if own else now
+        told_later = takewhile(lambda digest: digest != sight.digest, reversed(seen))
+        is_news = own is None or any(_parts(digest) == _parts(sight.digest) for digest in told_later)
+        is_in_doubt = any(
+            _are_rivals(digest, sight.digest) and other.told_at + SIGHT_SECONDS > told_at
+            for digest, other in seen.items()
+            if digest != sight.before
+        )
+        if not seen:
+            since = self._number
+        elif is_in_doubt:
+            since = following
+        else:
+            since = own.since if own else 0
+            if is_news or sight.before in seen:
+                since = max(since, following if sight.changed is None else sight.changed)
+        since = min(max(since, sight.least), following)
+        seen.pop(sight.digest, None)
+        seen.pop(sight.before, None)
+        seen[sight.digest] = _Seen(since, now)
         if len(seen) > SIGHTS_OF_A_TABLE:
             del seen[next(iter(seen))]
         return since
@@ -309,14 +320,14 @@ class MemoryBroker:
 
 
 def _are_rivals(one: str, other: str) -> bool:
-    """Whether two digests are of two tokens: see `Sight`."""
-    (policy, token), (other_policy, other_token) = _parts(one), _parts(other)
-    return policy == other_policy and token != other_token
+    """Whether two digests can be in use at the same time: see `Sight`."""
+    (rights, alone), (other_rights, other_alone) = _parts(one), _parts(other)
+    return rights == other_rights and alone != other_alone
 
 
 def _parts(digest: str) -> tuple[str, str]:
-    policy, _, rest = digest.partition(".")
-    return (policy, rest.partition(".")[0]) if rest else ("", digest)
+    rights, _, rest = digest.partition(".")
+    return rights, rest.partition(".")[0]
 
 
 async def _wait(event: asyncio.Event, timeout: float) -> None:

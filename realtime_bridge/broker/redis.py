@@ -290,9 +290,11 @@ class RedisBroker:
 
     async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
         """See `Broker.recall`."""
-        words = (
-            word for s in sights for word in (f"{s.user} {s.table}", s.digest, s.number, s.changed, s.least, s.before)
-        )
+        words = [
+            word
+            for s in sights
+            for word in (f"{s.user} {s.table}", s.digest, "" if s.changed is None else s.changed, s.least, s.before)
+        ]
         answer: list[int] | None = await self._link.script("recall", *self._sight_limits, epoch, *words)
         if answer is None:
             raise BrokerError("Redis: the history is another than that in which users were looked at")

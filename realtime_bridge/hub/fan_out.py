@@ -40,7 +40,6 @@ class FanOut:
         standing = self._standing
         async with standing.turn:
             breath = Breath()
-            standing.reached = prepared[-1].entry.number
             for run in runs(prepared):
                 if isinstance(run, Reload):
                     await self.reload(*run)

@@ -218,7 +218,7 @@ class Hub:
                 return
             logger.warning("the history was cut back", extra={"epoch": epoch, "entries": standing.number - number})
             standing.generation += 1
-            standing.number = standing.reached = number
+            standing.number = number
             standing.window.cut(number)
             for subscription in self._subscriptions():
                 subscription.number = min(subscription.number, number)
@@ -237,7 +237,7 @@ class Hub:
                 self._owe(subscription, "history_gone")
                 await breath.take()
             standing.generation += 1
-            standing.epoch, standing.number, standing.reached = epoch, number, number
+            standing.epoch, standing.number = epoch, number
             standing.window.reset(number)
             for connection in self.connections:
                 connection.written = 0

@@ -104,11 +104,8 @@ class Settler:
 
     async def _recall(self, members: Iterable[Member]) -> None:
         """Raises `BrokerError`."""
-        reached = max(self._standing.number, self._standing.reached)
-        found = await self._tell(members)
-        for member, table, digest, doubt, since in found:
-            # What lies further ahead is of a branch of the history that is cut off, or will be met and put in doubt.
-            since, before = min(since, max(reached, doubt) + 1), member.sights.get(table)
+        for member, table, digest, doubt, since in await self._tell(members):
+            before = member.sights.get(table)
             is_as_before = before is not None and before.digest == digest and not doubt
             member.sights[table] = Seen(digest, before.since if before and is_as_before else since, since)
             if doubt and member.doubts.get(table) == doubt and not member.pending:
@@ -121,11 +118,9 @@ class Settler:
         Raises:
             BrokerError: it cannot be told now.
         """
-        policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
+        policy, tables = self._standing.policy, self._standing.tables
         known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
-        news = max(number, self._standing.reached) + 1
-        sights = [_sight(*what, number, news) for what in known]
-        found = await self._broker.recall(self._standing.epoch, sights)
+        found = await self._broker.recall(self._standing.epoch, [_sight(*what) for what in known])
         return [(*what, since) for what, since in zip(known, found, strict=True)]
 
 
@@ -134,13 +129,12 @@ def user_of(claims: Claims) -> str:
     return f"{claims.role}:{claims.user}"
 
 
-def _sight(member: Member, table: str, digest: str, doubt: int, number: int, news: int) -> Sight:
+def _sight(member: Member, table: str, digest: str, doubt: int) -> Sight:
     """What a member sees of a table.
 
     Where an entry has put it in doubt, a change is that entry's. Where that entry changed nothing, what it told may
     have been known here before, read at some time before it came: unless that was read because of an entry, too.
-    Without one, a change is to be told to whoever stands here (`news`).
     """
     least = 0 if table in member.confirmed else doubt
     before = member.sights[table].digest if doubt and table in member.sights else ""
-    return Sight(user_of(member.claims), table, digest, number, doubt or news, least, before)
+    return Sight(user_of(member.claims), table, digest, doubt or None, least, before)

@@ -43,7 +43,6 @@ class Standing:
     Attributes:
         tables: every table that can be subscribed to.
         epoch, number: everything up to here is decided and sent to those at the end.
-        reached: what is known of members may be as of an entry up to here, though not all is sent.
         proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
         proven_most: the most that `proven_until` ever was; a fork may have cut off what was proven.
         proven_at: when it grew last, in the loop's time: a clock that nobody sets.
@@ -57,7 +56,6 @@ class Standing:
     tables: tuple[str, ...] = ()
     epoch: str = ""
     number: int = 0
-    reached: int = 0
     proven_until: float = 0.0
     proven_most: float = 0.0
     proven_at: float = 0.0

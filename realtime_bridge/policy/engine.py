@@ -112,6 +112,11 @@ class PolicyEngine:
         return self._tables[table].decision
 
     @property
+    def rights(self) -> Mapping[str, str]:
+        """See `rights.Rights.rights`."""
+        return self._decided_by[0]
+
+    @property
     def present(self) -> int:
         """How many members are in use."""
         return self._members.present
@@ -256,7 +261,7 @@ class PolicyEngine:
         """See `Policy.digest`."""
         if member not in self._members or self.knowledge.is_unlearned(member, table):
             return ""  # it left before anything was learned of it, or nothing could be
-        return self._tables[table].digest_for(member)
+        return self._tables[table].digest_for(member, self.knowledge.is_followed)
 
     def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
         """See `Policy.refusal`."""

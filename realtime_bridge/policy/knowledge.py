@@ -147,6 +147,10 @@ class Knowledge:
                 found[role].update((fact, None) for fact in predicate.facts if isinstance(fact, Query))
         return {role: sorted(queries, key=lambda query: query.sql) for role, queries in found.items()}
 
+    def is_followed(self, query: Query) -> bool:
+        """Whether a fact changes by what the history tells, and by nothing else."""
+        return self._dependencies[query].keeping is Keeping.TRACKED
+
     def _is_tracked(self, what: Query | Asked) -> bool:
         """Whether a change in the history tells when an answer stops to hold, or nothing can make it."""
         depends = self._dependencies[what]
@@ -283,8 +287,8 @@ class Knowledge:
         Not those where only the facts themselves can tell, since a change there may concern anybody.
         """
         if isinstance(body, Control):
-            if body.kind != "resync":
-                return frozenset()
+            if body.kind == "catalog":
+                return frozenset({body.table}) if body.reason else frozenset()
             return self._all_changed_by(self.references if body.table == "*" else (body.table,))
         table, names = body.relation.name, names_of(member.claims.values)
         found: set[str] = set()

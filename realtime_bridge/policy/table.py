@@ -12,7 +12,7 @@ from realtime_bridge.change import Relation
 from realtime_bridge.policy.base import Member
 from realtime_bridge.policy.compiler import ColumnType, compile_expression
 from realtime_bridge.policy.decision import CANNOT_DECIDE, Decision, Refusal
-from realtime_bridge.policy.expression import Asked, Claim, Expression, Fact, UnsupportedExpression, facts_of
+from realtime_bridge.policy.expression import Asked, Expression, Fact, Query, UnsupportedExpression, facts_of
 from realtime_bridge.policy.facts import digest_of
 from realtime_bridge.policy.index import AudienceIndex
 
@@ -125,16 +125,18 @@ class Table:
         self.refusals = {}
         return Decider(AudienceIndex(dict.fromkeys(roles, predicate), _names(types)))
 
-    def digest_for(self, member: Member) -> str:
+    def digest_for(self, member: Member, is_followed: Callable[[Query], bool]) -> str:
         """A digest of what decides what a member sees, as `Policy.digest`."""
         if self.doubtful:
             return ""
         role, decision = member.claims.role, self.decision
         decided = (repr(self.rule), None) if decision is None else (decision.digest, decision.columns.get(role))
-        known = {fact: member.facts[fact.sql] for fact in self.facts if fact.sql in member.facts}
-        claimed = {fact.sql: value for fact, value in known.items() if isinstance(fact, Claim)}
-        asked = {fact.sql: value for fact, value in known.items() if not isinstance(fact, Claim)}
-        return f"{digest_of(*decided, self.refusals.get(role))}.{digest_of(claimed)}.{digest_of(asked)}"
+        alone, followed = dict[str, object](), dict[str, object]()
+        for fact in self.facts:
+            if fact.sql in member.facts:
+                kind = followed if isinstance(fact, Query) and is_followed(fact) else alone
+                kind[fact.sql] = member.facts[fact.sql]
+        return f"{digest_of(*decided, self.refusals.get(role))}.{digest_of(alone)}.{digest_of(followed)}"
 
     def _log(self) -> None:
         for refusal in dict.fromkeys(self.refusals.values()):

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -402,98 +402,115 @@ async def test_memory_trims_by_its_clock() -> None:
 # -- sights ------------------------------------------------------------------------------------------------------------
 
 
-def sight(digest: str, number: int = 1, *, changed: int = 0, user: str = "ann", table: str = "t", **more: Any) -> Sight:
-    return Sight(user, table, digest, number, changed or number + 1, **more)
+def sight(digest: str, *, changed: int | None = None, user: str = "ann", table: str = "t", **more: Any) -> Sight:
+    return Sight(user, table, digest, changed, **more)
 
 
-async def recall(broker: Broker, sights: Sequence[Sight]) -> list[int]:
-    return await broker.recall((await broker.head()).epoch, sights)
+async def recall(broker: Broker, *sights: Sight, end: int | None = None) -> list[int]:
+    """What it answers when its history ends at a number, by default where it does."""
+    head = await broker.head()
+    if end is not None and head.number < end:
+        token = await broker.acquire_lease(ttl=5)
+        await broker.append(token, changes(*range(head.number, end)))
+        await broker.release_lease(token)
+    return await broker.recall(head.epoch, sights)
 
 
 async def test_what_a_user_sees_holds_since_it_was_first_told_of(brokers: OpenBrokers) -> None:
     async with brokers(2) as (one, other):
-        assert await recall(one, [sight("a", 5)]) == [5]
-        assert await recall(other, [sight("a", 50)]) == [5]
+        assert await recall(one, sight("a"), end=5) == [5]
+        assert await recall(other, sight("a"), end=50) == [5]
 
 
-async def test_what_is_news_holds_since_it_has_changed(brokers: OpenBrokers) -> None:
+async def test_what_an_entry_has_changed_holds_since_then(brokers: OpenBrokers) -> None:
     async with brokers(2) as (one, other):
-        await recall(one, [sight("a", 5)])
-        assert await recall(other, [sight("b", 8, changed=7, before="a")]) == [7]
-        assert await recall(one, [sight("b", 20)]) == [7]
-        assert await recall(one, [sight("c", 20)]) == [21]
+        await recall(one, sight("a"), end=5)
+        assert await recall(other, sight("b", changed=7, before="a"), end=8) == [7]
+        assert await recall(one, sight("b"), end=20) == [7]
 
 
-async def test_two_sights_in_use_make_each_other_new_all_the_time(brokers: OpenBrokers) -> None:
-    async with brokers(2) as (one, other):
-        await recall(one, [sight("a", 5)])
-        assert await recall(other, [sight("b", 8)]) == [9]
-        assert await recall(one, [sight("a", 30)]) == [31]
-        assert await recall(one, [sight("b", 40)]) == [41]
-
-
-async def test_what_follows_upon_another_is_news_once(brokers: OpenBrokers) -> None:
-    """Of one policy and one token: it is what else is known of the user that has changed."""
-    async with brokers(2) as (one, other):
-        assert await recall(one, [sight("p.t.1", 5)]) == [5]
-        assert await recall(other, [sight("p.t.2", 8, changed=8)]) == [8]
-        assert await recall(one, [sight("p.t.2", 20)]) == [8]
-        assert await recall(one, [sight("p.t.1", 30, changed=30)]) == [30]
-        assert await recall(other, [sight("p.t.1", 40)]) == [30]
-
-
-async def test_what_another_policy_shows_is_news_once_whatever_the_token(brokers: OpenBrokers) -> None:
+async def test_what_has_changed_nobody_knows_when_holds_since_now(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        await recall(broker, [sight("p.t.1", 5)])
-        assert await recall(broker, [sight("q.u.1", 8, changed=8)]) == [8]
-        assert await recall(broker, [sight("q.u.1", 20)]) == [8]
+        await recall(broker, sight("r.a.1"), end=5)
+        assert await recall(broker, sight("r.a.2"), end=20) == [21]
+        assert await recall(broker, sight("r.a.2"), end=30) == [21]
+        assert await recall(broker, sight("r.a.1"), end=40) == [41]
 
 
-async def test_what_another_token_shows_makes_both_new_all_the_time(brokers: OpenBrokers) -> None:
+async def test_a_sight_is_new_while_another_may_be_in_use(brokers: OpenBrokers) -> None:
+    """Whoever was served by the other one meanwhile, up to the end of now, may come here next."""
     async with brokers(2) as (one, other):
-        await recall(one, [sight("p.t.1", 5)])
-        assert await recall(other, [sight("p.u.1", 8)]) == [9]
-        assert await recall(one, [sight("p.t.1", 30)]) == [31]
+        await recall(one, sight("r.a.1"), end=5)
+        assert await recall(other, sight("r.b.1", changed=6), end=8) == [9]
+        assert await recall(other, sight("r.b.1"), end=20) == [21]
+        assert await recall(one, sight("r.a.1"), end=30) == [31]
+
+
+async def test_other_rights_are_news_once_however_late_the_former_are_told_of(brokers: OpenBrokers) -> None:
+    """The history tells of them: whoever was served by the former has yet to pass that entry."""
+    async with brokers(2) as (quick, slow):
+        await recall(slow, sight("r.a.1"), end=5)
+        assert await recall(quick, sight("s.b.1"), end=8) == [9]
+        await recall(slow, sight("r.a.1"), end=10)
+        assert await recall(quick, sight("s.b.1"), end=20) == [9]
+
+
+async def test_what_comes_back_by_an_entry_holds_since_then(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await recall(broker, sight("a"), end=5)
+        await recall(broker, sight("b", changed=7, before="a"), end=8)
+        assert await recall(broker, sight("a", changed=19, before="b"), end=20) == [19]
+
+
+async def test_what_was_told_of_late_is_ended_by_the_entry_that_ended_it(brokers: OpenBrokers) -> None:
+    async with brokers(2) as (quick, slow):
+        await recall(slow, sight("r.a.1"), end=5)
+        await recall(quick, sight("r.a.2", changed=7, before="r.a.1"), end=8)
+        assert await recall(slow, sight("r.a.1")) == [9]
+        assert await recall(slow, sight("r.a.2", changed=7, before="r.a.1"), end=10) == [7]
+        assert await recall(quick, sight("r.a.2"), end=20) == [7]
+
+
+async def test_what_may_have_been_otherwise_holds_at_least_since_then(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await recall(broker, sight("a"), end=5)
+        assert await recall(broker, sight("a", least=9), end=9) == [9]
+        assert await recall(broker, sight("a", least=7)) == [9]
+
+
+async def test_no_sight_holds_since_a_number_beyond_the_next(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await recall(broker, sight("a"), end=5)
+        assert await recall(broker, sight("a", least=9)) == [6]
+        assert await recall(broker, sight("b", changed=9, before="a")) == [6]
 
 
 async def test_numbers_of_another_epoch_are_refused(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
         with pytest.raises(BrokerError):
-            await broker.recall("another", [sight("a", 5)])
-        assert await recall(broker, [sight("a", 9)]) == [9]
-
-
-async def test_what_comes_back_holds_since_the_other_ended(brokers: OpenBrokers) -> None:
-    async with brokers() as (broker,):
-        await recall(broker, [sight("a", 5)])
-        await recall(broker, [sight("b", 8, changed=7, before="a")])
-        assert await recall(broker, [sight("a", 20, changed=19, before="b")]) == [19]
-
-
-async def test_what_may_have_been_otherwise_holds_at_least_since_then(brokers: OpenBrokers) -> None:
-    async with brokers() as (broker,):
-        await recall(broker, [sight("a", 5)])
-        assert await recall(broker, [sight("a", 9, least=9)]) == [9]
-        assert await recall(broker, [sight("a", 9, least=7)]) == [9]
+            await broker.recall("another", [sight("a")])
+        assert await recall(broker, sight("a"), end=9) == [9]
 
 
 async def test_sights_of_users_and_tables_are_told_apart(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        await recall(broker, [sight("a", 3), sight("a", 4, user="bob"), sight("a", 5, table="u")])
-        asked = [sight("b", 8, changed=8, before="a"), sight("a", 9, user="bob"), sight("a", 9, table="u")]
-        assert await recall(broker, asked) == [8, 4, 5]
+        await recall(broker, sight("a"), end=3)
+        await recall(broker, sight("a", user="bob"), sight("a", table="u"), end=5)
+        asked = [sight("b", changed=8, before="a"), sight("a", user="bob"), sight("a", table="u")]
+        assert await recall(broker, *asked, end=9) == [8, 5, 5]
 
 
 async def test_a_user_has_a_bounded_number_of_sights(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        for i in range(SIGHTS_OF_A_TABLE + 2):
-            await recall(broker, [sight(str(i), changed=i + 1, before=str(i - 1))])
-        assert await recall(broker, [sight("0", 50, changed=60)]) == [60]  # forgotten, and so it is news
+        for i in range(SIGHTS_OF_A_TABLE + 1):
+            await recall(broker, sight(f"{i}.a.1"))
+        assert await recall(broker, sight("1.a.1"), end=9) == [1]
+        assert await recall(broker, sight("0.a.1")) == [10]  # forgotten, and so it is news
 
 
 async def test_no_sights_are_asked_about_at_no_cost(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
-        assert await recall(broker, []) == []
+        assert await recall(broker) == []
 
 
 class Clocked:
@@ -504,19 +521,29 @@ class Clocked:
         self.broker = MemoryBroker(**LIMITS, clock=lambda: self.now)
 
 
-async def test_a_sight_that_nobody_tells_of_any_more_ended_where_it_was_last_told_of() -> None:
+async def test_a_sight_that_nobody_tells_of_any_more_goes_out_of_use() -> None:
     world = Clocked()
-    await recall(world.broker, [sight("a", 5)])
-    await recall(world.broker, [sight("b", 8)])
-    await recall(world.broker, [sight("a", 30)])
+    await recall(world.broker, sight("r.a.1"), end=5)
+    await recall(world.broker, sight("r.b.1"), end=8)
+    world.now += SIGHT_SECONDS - 1
+    assert await recall(world.broker, sight("r.b.1"), end=30) == [31]
+    world.now += 1
+    assert await recall(world.broker, sight("r.b.1"), end=40) == [41]  # until just now it may have been in use
+    assert await recall(world.broker, sight("r.b.1"), end=50) == [41]
+
+
+async def test_what_followed_upon_a_sight_out_of_use_is_news_once() -> None:
+    world = Clocked()
+    await recall(world.broker, sight("r.a.1"), end=5)
     world.now += SIGHT_SECONDS
-    assert await recall(world.broker, [sight("b", 40)]) == [31]
+    assert await recall(world.broker, sight("r.b.1", changed=7), end=8) == [7]
+    assert await recall(world.broker, sight("r.b.1"), end=30) == [7]
 
 
 async def test_a_user_that_nobody_has_told_of_for_as_long_as_the_history_lasts_is_forgotten() -> None:
     world = Clocked()
-    await recall(world.broker, [sight("a", 3), sight("a", 3, user="bob")])
+    await recall(world.broker, sight("a"), sight("a", user="bob"), end=3)
     world.now += 3000
-    await recall(world.broker, [sight("a", 4, user="bob")])
+    await recall(world.broker, sight("a", user="bob"), end=4)
     world.now += 601
-    assert await recall(world.broker, [sight("a", 8), sight("a", 8, user="bob")]) == [8, 3]
+    assert await recall(world.broker, sight("a"), sight("a", user="bob"), end=8) == [8, 3]

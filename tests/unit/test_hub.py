@@ -870,13 +870,35 @@ async def test_another_token_of_the_user_costs_nobody_a_resync_who_begins_or_sta
         assert [(reader.keys, reader.resyncs) for reader in readers] == [([1, 2], [])] * 2
 
 
+async def seen_by_another_token(world: World, user: str) -> Sight:
+    """What another process tells of a user."""
+    await poll(world, ANN, world.hub.position)
+    rights = next(sight.digest for sight in world.broker.recalled if sight.table == POSTS).partition(".")[0]
+    return Sight(user_of(claims(user)), POSTS, f"{rights}.another.")
+
+
+async def test_rights_that_changed_are_told_to_whoever_comes_from_before() -> None:
+    async with running() as world:
+        await world.append(insert(1))
+        _, present = await world.connect()
+        await world.settled()
+        position = world.hub.position
+        await world.append(insert(2), Control("catalog", POSTS, "visibility_changed"), insert(3))
+        await world.settled()
+        _, back = await world.connect(position=position)
+        _, later = await world.connect(position=world.hub.position)
+        await world.settled()
+        assert (present.keys[-2:], present.resyncs) == ([2, 3], [])  # who stays is told by what the hub finds: nothing
+        assert (back.keys, back.resyncs) == ([2], ["visibility_changed"])  # and 3 is in what it reads
+        assert (later.keys, later.resyncs) == ([], [])
+
+
 async def test_a_poll_is_told_once_that_its_user_sees_otherwise_though_nothing_follows() -> None:
     async with running() as world:
         await world.append(insert(1))
         await world.settled()
         position, epoch = world.hub.position, world.broker._epoch
-        elsewhere = Sight(user_of(claims(BOB)), POSTS, "by a token that says more", 1, 1)
-        await world.broker.recall(epoch, [elsewhere])
+        await world.broker.recall(epoch, [await seen_by_another_token(world, BOB)])
         told: list[str] = []
         for _ in range(3):
             answer = await poll(world, BOB, position)
@@ -886,6 +908,18 @@ async def test_a_poll_is_told_once_that_its_user_sees_otherwise_though_nothing_f
         await world.append(insert(2, BOB))
         await world.settled()
         assert [m["record"]["id"] for m in (await poll(world, BOB, position))["messages"]] == [2]
+
+
+async def test_who_may_still_be_served_elsewhere_by_another_token_is_told_so_here() -> None:
+    async with running() as world:
+        await world.append(insert(1))
+        await world.settled()
+        await world.broker.recall(world.broker._epoch, [await seen_by_another_token(world, BOB)])
+        await poll(world, BOB, world.hub.position)
+        await world.append(insert(2), insert(3))
+        await world.settled()
+        told = [(await poll(world, BOB, world.hub.position))["messages"] for _ in range(2)]
+        assert [[message["reason"] for message in messages] for messages in told] == [["visibility_changed"]] * 2
 
 
 async def test_newer_claims_come_to_a_member_that_is_known_though_all_were_forgotten_meanwhile() -> None:

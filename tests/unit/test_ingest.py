@@ -14,6 +14,7 @@ from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLos
 from realtime_bridge.ingest import ACKNOWLEDGE_AFTER_SECONDS, Ingest, _Trail
 from realtime_bridge.repair import RepairLimits
 from realtime_bridge.sources.base import Page, SourceBatch, SourceStream
+from tests.rights import Known
 from tests.services import eventually
 
 TTL = 3.0
@@ -69,7 +70,8 @@ async def test_what_is_the_brokers_is_tried_again_soon_and_what_is_the_sources_w
     monkeypatch.setattr(random, "uniform", impatient)
     async with MemoryBroker(history_size=10, history_bytes=1000, history_seconds=10, row_index_bytes=1000) as broker:
         limits = RepairLimits("updated_at", 0)
-        ingest = Ingest(FailingSource(error), broker, NoTables(), tables=(), limits=limits, namespace="test", ttl=TTL)
+        source, tables = FailingSource(error), NoTables()
+        ingest = Ingest(source, broker, tables, rights=Known(), tables=(), limits=limits, namespace="test", ttl=TTL)
         running = asyncio.create_task(ingest.run())
         await eventually(lambda: len(waits) == 12)
         running.cancel()

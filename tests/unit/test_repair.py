@@ -21,6 +21,7 @@ from realtime_bridge.ingest import Ingest
 from realtime_bridge.repair import RepairLimits
 from realtime_bridge.sources.base import TEXT_BYTES, SourceBatch
 from realtime_bridge.wire.native import Form
+from tests.rights import Known
 from tests.services import eventually
 from tests.unit.test_rows import LIMITS, Tables, settle
 
@@ -178,6 +179,7 @@ async def leading(
         source,
         broker,
         tables,
+        rights=Known(),
         tables=list(tables.relations),
         limits=RepairLimits("at", most),
         namespace="test",

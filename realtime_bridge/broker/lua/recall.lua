@@ -1,13 +1,13 @@
--- Remember what users see: for each sight the number since which nothing else has been in use. Nothing if the numbers are
--- not those of today's epoch.
--- A field holds the digests of one user and table, that told of longest ago first: 'digest since last told', each with a
--- ';' behind it. `told` is 0 where nobody has that digest any more. A digest is 'policy.token.rest': those of two tokens
--- are rivals, which may be in use at the same time; of others the one told of later has taken the other's place, and what
--- comes back is news.
+-- Remember what users see: for each sight the number since which nothing else can have been in use. Nothing if the numbers
+-- are not those of today's epoch.
+-- A field holds the digests of one user and table, that told of longest ago first: 'digest since told', each with a ';'
+-- behind it. A digest is 'rights.alone.rest': see `Sight`.
 -- ARGV: new epoch, seconds kept, most fields, seconds in use, most digests, epoch of the numbers,
---       then of each sight: field, digest, number, changed, least, digest before
+--       then of each sight: field, digest, changed or '', least, digest before
 local MOST_FORGOTTEN = 1000
-if load_state().epoch ~= ARGV[6] then return false end
+local state = load_state()
+if state.epoch ~= ARGV[6] then return false end
+local following = state.number + 1
 local now = tonumber(redis.call('TIME')[1])
 local kept, most_fields, in_use, most_digests = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 
@@ -22,32 +22,41 @@ local over = math.min(redis.call('ZCARD', TOLD) - most_fields, MOST_FORGOTTEN)
 if over > 0 then forget(redis.call('ZRANGE', TOLD, 0, over - 1)) end
 
 local function parts(digest)
-  local policy, token = string.match(digest, '^([^.]*)%.([^.]*)%.')
-  return policy or '', token or digest
+  local rights, alone = string.match(digest, '^([^.]*)%.?([^.]*)')
+  return rights, alone
 end
 
-local function recall(field, digest, number, changed, least, before)
-  local others, own, is_news = {}, nil, false
-  local policy, token = parts(digest)
-  for d, since, last, told in string.gmatch(redis.call('HGET', SIGHTS, field) or '', '(%S+) (%d+) (%d+) (%d+);') do
-    local seen = {d = d, since = tonumber(since), last = tonumber(last), told = tonumber(told)}
-    local its_policy, its_token = parts(d)
-    seen.is_rival = its_policy == policy and its_token ~= token
-    if d == digest then own = seen else others[#others + 1] = seen end
-    is_news = own ~= nil and seen ~= own and (is_news or not seen.is_rival)
+local function recall(field, digest, changed, least, before)
+  local others, own, is_news, has_followed, told_last = {}, nil, true, false, -in_use
+  local rights, alone = parts(digest)
+  local known = redis.call('HGET', SIGHTS, field)
+  for d, since, told in string.gmatch(known or '', '(%S+) (%d+) (%d+);') do
+    local its_rights, its_alone = parts(d)
+    local seen = {d = d, since = tonumber(since), told = tonumber(told)}
+    if d == digest then
+      own, is_news = seen, false
+    elseif d == before then
+      has_followed = true
+    else
+      others[#others + 1] = seen
+      if its_rights == rights and its_alone == alone then is_news = true end
+      if its_rights == rights and its_alone ~= alone then told_last = math.max(told_last, seen.told) end
+    end
   end
-  local since = own and not is_news and own.since or #others > 0 and changed or number
-  for _, other in ipairs(others) do
-    if other.d == before then other.last, other.told = changed - 1, 0 end
-    local is_in_use = other.is_rival and now - other.told < in_use
-    since = math.max(since, (is_in_use and number or other.last) + 1)
+  local since = own and own.since or 0
+  if not known then
+    since = state.number
+  elseif told_last + in_use > (own and own.told or now) then
+    since = following
+  elseif is_news or has_followed then
+    since = math.max(since, changed or following)
   end
-  since = math.max(since, least)
-  others[#others + 1] = {d = digest, since = since, last = number, told = now}
+  since = math.min(math.max(since, least), following)
+  others[#others + 1] = {d = digest, since = since, told = now}
   local words = {}
   for i = math.max(1, #others - most_digests + 1), #others do
     local seen = others[i]
-    words[#words + 1] = seen.d .. ' ' .. text(seen.since) .. ' ' .. text(seen.last) .. ' ' .. text(seen.told) .. ';'
+    words[#words + 1] = seen.d .. ' ' .. text(seen.since) .. ' ' .. text(seen.told) .. ';'
   end
   redis.call('HSET', SIGHTS, field, table.concat(words))
   redis.call('ZADD', TOLD, now, field)
@@ -55,8 +64,7 @@ local function recall(field, digest, number, changed, least, before)
 end
 
 local answer = {}
-for i = 7, #ARGV, 6 do
-  answer[#answer + 1] =
-    recall(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]), ARGV[i + 5])
+for i = 7, #ARGV, 5 do
+  answer[#answer + 1] = recall(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), ARGV[i + 4])
 end
 return answer
