@@ -66,6 +66,17 @@ class CatchUp:
         else:
             self._waiting.put_nowait(subscription)
 
+    def step_back(self, subscription: Subscription) -> None:
+        """Have a subscription at the end arrive there anew. Only within `turn`."""
+        if subscription.state is State.AT_END:
+            self._standing.depart(subscription, self._standing.number, State.BEHIND)
+            self.resume(subscription)
+
+    def owe(self, subscription: Subscription, reason: ResyncReason) -> None:
+        """Have a subscription told to resync before anything else. Only within `turn`."""
+        subscription.owed = reason
+        self.step_back(subscription)
+
     def moved(self) -> None:
         """The hub's number has changed: those who were ahead of it may go on."""
         ahead, self._ahead = self._ahead, set()
@@ -114,9 +125,7 @@ class CatchUp:
             if not standing.policy.expire(member):
                 return
             for other in tuple(standing.directory.of({member})):
-                if other.state is State.AT_END:
-                    standing.depart(other, standing.number, State.BEHIND)
-                    self.resume(other)
+                self.step_back(other)
 
     async def _settle(self, subscription: Subscription) -> bool:
         """Whether the reader's member is settled now; if not, the reader is held until it is.

@@ -4,17 +4,15 @@ Layer: core. May import: words, broker.base, filters, policy.base, wire, hub.*.
 """
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Set
 from typing import Final, NamedTuple
 
-from realtime_bridge.broker.base import Broker, Update
+from realtime_bridge.broker.base import Broker
 from realtime_bridge.change import Position, ResyncReason
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import (
     BadRequestError,
-    BrokerError,
     ForbiddenError,
     HistoryGoneError,
     TooManyRequestsError,
@@ -22,27 +20,21 @@ from realtime_bridge.errors import (
 )
 from realtime_bridge.filters import Filter
 from realtime_bridge.hub.base import Sink
-from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.catch_up import READERS, CatchUp
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import FanOut
+from realtime_bridge.hub.following import Following
 from realtime_bridge.hub.keepalive import Keepalive
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import NOWHERE, Counters, Standing
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.policy.base import Member, Policy
 
-logger = logging.getLogger(__name__)
-
 MAX_SUBSCRIPTIONS: Final = 100
 """Per connection, as Supabase has it."""
 WATCH_SECONDS: Final = 1.0
 """For how long a change of rights that nothing announces may go unnoticed."""
-_BACKOFF_SECONDS: Final = 0.25
 _SETTLE_SECONDS: Final = 5.0
-_READ: Final = 500
-_LOOK_BACK: Final = 5_000
-"""Entries from before it began that a process holds at most."""
 
 
 class Start(NamedTuple):
@@ -100,10 +92,9 @@ class Hub:
             self._standing, broker, self._settler, slice_bytes=send_buffer_bytes, resync_seconds=resync_seconds
         )
         self._fan_out = FanOut(self._standing, self._catch_up.resume)
+        self._following = Following(self._standing, broker, self._fan_out, self._catch_up)
         self._keepalive = Keepalive(self, ping_seconds)
         self._per_user: Counter[str] = Counter()
-        self._begun = asyncio.Event()
-        self._failed = False
         self._loop = asyncio.get_running_loop()
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -111,7 +102,7 @@ class Hub:
     async def run(self) -> None:
         """Follow the history and serve, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(), name="follow")
+            tasks.create_task(self._following.run(), name="follow")
             tasks.create_task(self._keepalive.run(), name="keepalive")
             tasks.create_task(self._watch(), name="watch")
             tasks.create_task(self._settler.work(), name="settler")
@@ -121,23 +112,7 @@ class Hub:
 
     async def begun(self) -> None:
         """Wait until the hub stands somewhere in the history."""
-        await self._begun.wait()
-
-    async def _follow(self) -> None:
-        while True:
-            try:
-                async with self._broker.follow() as updates:
-                    async for update in updates:
-                        await self._apply(update)
-                        self._standing.following = True
-            except BrokerError as error:
-                if self._standing.following or not self._begun.is_set():
-                    logger.warning("broker lost, following again", extra={"reason": str(error)})
-            except Exception:  # a fault of ours: what comes next is where the following begins anew
-                logger.exception("following failed, readers are told to resync")
-                self._failed = True
-            self._standing.following = False
-            await asyncio.sleep(_BACKOFF_SECONDS)
+        await self._following.begun.wait()
 
     async def _watch(self) -> None:
         """Find the changes of rights that no entry announces."""
@@ -146,121 +121,6 @@ class Hub:
             if await self._policy.outdated():
                 async with self._standing.turn:
                     await self._fan_out.reload("*", self._standing.number + 1)
-
-    async def _apply(self, update: Update) -> None:
-        standing = self._standing
-        if not self._begun.is_set():
-            await standing.policy.reload("*")  # what was read before may lack what the history told until here
-            standing.epoch, standing.number = update.epoch, update.number
-            standing.window.reset(update.number)
-            await self._look_back()
-            self._begun.set()
-        elif update.kind == "fork":
-            await self._fork(update.epoch, update.number)
-        elif update.kind == "lost":
-            await self._lost(update.epoch, update.number)
-        else:
-            await self._reconcile(update)
-            await self._extend(update)
-        standing.prove(update.proven_until, self._loop.time())
-
-    async def _look_back(self) -> None:
-        """Hold what came lately: those who were served elsewhere come back together, and would each read it alone."""
-        window = self._standing.window
-        while 1 < window.first > self._standing.number - _LOOK_BACK:
-            after = max(0, window.first - 1 - _READ)
-            try:
-                entries = await self._broker.read(after, limit=window.first - 1 - after)
-            except HistoryGoneError:
-                return
-            if not window.precede(entries):
-                return
-
-    async def _reconcile(self, update: Update) -> None:
-        """After following anew: get from where this process stood to where the update begins."""
-        standing = self._standing
-        begins = update.number - len(update.entries)
-        if self._failed:  # whatever it was that failed must not be met again: pass it, and tell everybody
-            await self._lost(update.epoch, begins)
-            self._failed = False
-        if update.epoch == standing.epoch and begins == standing.number:
-            return
-        try:
-            if update.epoch != standing.epoch:
-                number = await self._broker.locate(Position(standing.epoch, standing.number))
-                await self._fork(update.epoch, number)
-            while standing.number < begins:
-                entries = await self._broker.read(standing.number, limit=min(_READ, begins - standing.number))
-                known = standing.window.last_id()
-                if not entries or (known is not None and entries[0].previous != known):
-                    raise HistoryGoneError("the history is not the continuation of what was seen")
-                await self._deliver(Update("entries", update.epoch, entries[-1].number, tuple(entries)))
-            if begins < standing.number and update.number < standing.number:
-                raise HistoryGoneError("the history ends before what was seen")
-        except HistoryGoneError:
-            await self._lost(update.epoch, begins)
-
-    async def _extend(self, update: Update) -> None:
-        new = tuple(entry for entry in update.entries if entry.number > self._standing.number)
-        if new:
-            await self._deliver(Update("entries", update.epoch, update.number, new))
-
-    async def _deliver(self, update: Update) -> None:
-        await self._fan_out.deliver(self._standing.window.extend(update.entries))
-        self._catch_up.moved()
-
-    async def _fork(self, epoch: str, number: int) -> None:
-        """Everything after a number never happened; whoever had read further rewinds to it."""
-        standing = self._standing
-        async with standing.turn:
-            standing.epoch = epoch
-            if number >= standing.number:
-                return
-            logger.warning("the history was cut back", extra={"epoch": epoch, "entries": standing.number - number})
-            standing.generation += 1
-            standing.number = number
-            standing.window.cut(number)
-            for subscription in self._subscriptions():
-                subscription.number = min(subscription.number, number)
-                subscription.covered.clear()
-            for connection in self.connections:
-                connection.written = min(connection.written, number)
-            await self._fan_out.renew(number + 1)
-        self._catch_up.moved()
-
-    async def _lost(self, epoch: str, number: int) -> None:
-        """The history is gone: everybody is told to read again."""
-        standing, breath = self._standing, Breath()
-        logger.warning("the history is gone, readers are told to resync", extra={"epoch": epoch})
-        async with standing.turn:
-            for subscription in self._subscriptions():
-                self._owe(subscription, "history_gone")
-                await breath.take()
-            standing.generation += 1
-            standing.epoch, standing.number = epoch, number
-            standing.window.reset(number)
-            for connection in self.connections:
-                connection.written = 0
-            await self._fan_out.reload("*", number + 1)  # a control may be among what is gone
-            await self._fan_out.renew(number + 1)
-            for subscription in self._subscriptions():
-                if subscription.owed is None:  # it has come meanwhile
-                    self._owe(subscription, "history_gone")
-        self._catch_up.moved()
-
-    def _subscriptions(self) -> list[Subscription]:
-        return [s for connection in self.connections for s in connection.subscriptions.values()]
-
-    def _owe(self, subscription: Subscription, reason: ResyncReason) -> None:
-        """A subscription must resync before anything else. Only within `turn`."""
-        subscription.owed = reason
-        self._step_back(subscription)
-
-    def _step_back(self, subscription: Subscription) -> None:
-        """Have a subscription at the end arrive there anew. Only within `turn`."""
-        if subscription.state is State.AT_END:
-            self._standing.depart(subscription, self._standing.number, State.BEHIND)
-            self._catch_up.resume(subscription)
 
     # -- where it stands -----------------------------------------------------------------------------------------------
 
@@ -430,9 +290,9 @@ class Hub:
             (now := member.sights.get(table)) and (seen := before.sights.get(table)) and now.digest == seen.digest
             for table in subscription.tables
         ):
-            self._step_back(subscription)
+            self._catch_up.step_back(subscription)
         else:
-            self._owe(subscription, "visibility_changed")
+            self._catch_up.owe(subscription, "visibility_changed")
 
     async def _wait_for(self, member: Member) -> None:
         """Until a member is settled, or for a while."""

@@ -68,6 +68,10 @@ class Standing:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     counters: Counters = field(default_factory=Counters)
 
+    def subscriptions(self) -> list[Subscription]:
+        """Those of every connection."""
+        return [s for connection in self.connections for s in connection.subscriptions.values()]
+
     def position(self, number: int, told: int = 0) -> str:
         """A number as clients know it; `told` as in `Position`."""
         return str(Position(self.epoch, number, told))

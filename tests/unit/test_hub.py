@@ -18,8 +18,7 @@ from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry,
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BrokerError, TooManyRequestsError
 from realtime_bridge.filters import parse_filter
-from realtime_bridge.hub import breath, settler
-from realtime_bridge.hub import hub as hub_module
+from realtime_bridge.hub import breath, following, settler
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.fan_out import Reload, runs
@@ -640,7 +639,7 @@ async def test_a_start_that_was_located_before_the_history_was_cut_is_a_resync(k
         start = await world.hub.locate(None)
         epoch = "fork" if keeps else "other"
         world.broker.lose(epoch, 4)
-        await (world.hub._fork if keeps else world.hub._lost)(epoch, 4)
+        await (world.hub._following._fork if keeps else world.hub._following._lost)(epoch, 4)
         connection, reader = world.open()
         assert world.hub.position_at(start) == NOWHERE
         world.hub.subscribe(connection, (POSTS,), start)
@@ -658,7 +657,7 @@ async def test_who_comes_while_a_loss_is_told_is_told_as_well() -> None:
         await world.settled()
         async with asyncio.TaskGroup() as tasks:
             world.broker.lose("other", 4)
-            tasks.create_task(world.hub._lost("other", 4))
+            tasks.create_task(world.hub._following._lost("other", 4))
             await passes(10)
             assert world.hub.position.endswith("-9")
             _, reader = await world.connect()
@@ -944,7 +943,7 @@ async def test_after_a_loss_nothing_is_compared_with_numbers_from_before_it() ->
         await world.hub.position_for(claims(CAL))
         connection, reader = await world.connect(CAL)
         world.broker.lose("other", 4)
-        await world.hub._lost("other", 4)
+        await world.hub._following._lost("other", 4)
         await eventually(lambda: reader.resyncs == ["history_gone"])
         assert (await poll(world, CAL, world.hub.position))["messages"] == []
         assert connection.member.sights[POSTS].since == 4
@@ -1061,7 +1060,7 @@ async def test_a_hub_that_runs_again_goes_on_with_whoever_was_behind() -> None:
 async def test_what_came_before_a_process_began_is_read_once_for_all_who_come_back(
     look_back: int, position: int, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "_LOOK_BACK", look_back)
+    monkeypatch.setattr(following, "_LOOK_BACK", look_back)
     async with running() as world:
         await world.append(*(insert(n, BOB if n % 2 else ANN) for n in range(1, 701)))
         await world.settled()
