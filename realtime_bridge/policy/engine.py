@@ -11,16 +11,17 @@ Layer: adapters. May import: words, policy.*.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import groupby
 from typing import Final
 
 from realtime_bridge.change import Change, Entry, Relation, transaction_of
 from realtime_bridge.claims import Claims
-from realtime_bridge.errors import BridgeError, ConfigurationError
+from realtime_bridge.errors import ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
-from realtime_bridge.policy.catalog import Catalog, CatalogTable
-from realtime_bridge.policy.decision import CANNOT_DECIDE, Decision, Refusal, decide
+from realtime_bridge.policy.catalog import Catalog
+from realtime_bridge.policy.decision import Decision
+from realtime_bridge.policy.described import DescribedTables
 from realtime_bridge.policy.expression import Expression, UnsupportedExpression
 from realtime_bridge.policy.facts import identity
 from realtime_bridge.policy.index import AudienceIndex, Question, Seen
@@ -77,8 +78,6 @@ class PolicyEngine:
         self.undecided = 0
         self._roles = frozenset(roles)
         self._rules = dict(rules)
-        self._catalog = catalog
-        self._asking = asking
         parsed = {table: _parse_rule(table, rule, tables, asking is not None) for table, rule in rules.items()}
         if catalog is None and (left := [name for name in tables if name not in parsed]):
             raise ConfigurationError(
@@ -86,12 +85,14 @@ class PolicyEngine:
             )
         self._tables = {name: Table(name, None if catalog else parsed[name]) for name in tables}
         self._members = Members()
-        self._publication = publication
         self.knowledge = Knowledge(self._tables, self._members, asking, fact_seconds)
         self.shadow = None if catalog is None or asking is None else Shadow(asking, self._roles, self._rules)
         self._reading = asyncio.Lock()
-        self._is_readable = True
-        self._decided_by: tuple[Mapping[str, str], Set[str]] = ({}, frozenset())
+        self._described: DescribedTables | None = None
+        if catalog is not None:
+            self._described = DescribedTables(
+                catalog, self._tables, self._roles, self._rules, asking, publication, self._distrusted
+            )
 
     @property
     def denied_tables(self) -> dict[str, str]:
@@ -114,7 +115,7 @@ class PolicyEngine:
     @property
     def rights(self) -> Mapping[str, str]:
         """See `rights.Rights.rights`."""
-        return self._decided_by[0]
+        return {} if self._described is None else self._described.rights
 
     @property
     def present(self) -> int:
@@ -130,25 +131,22 @@ class PolicyEngine:
             ConfigurationError: a rule does not compile over its table's columns.
             DatabaseError: the catalog cannot be read now.
         """
-        if self._catalog is None:
+        if self._described is None:
             self.knowledge.survey()
             return
-        async with self._reading:
-            refused = await self._take_in(*await self._read(self._catalog))
-        for table, error in refused.items():
+        for table, error in (await self._read(self._described)).items():
             raise _undecidable(table, error)
 
     async def reload(self, table: str) -> frozenset[str]:
         """See `Policy.reload`. All tables are read, since policies of some may go through others."""
-        if self._catalog is None or not (table == "*" or table in self._tables or table in self.references):
+        if self._described is None or not (table == "*" or table in self._tables or table in self.references):
             return frozenset()
         before = {name: known.digest for name, known in self._tables.items()}
-        async with self._reading:
-            try:
-                await self._take_in(*await self._read(self._catalog))
-            except Exception:  # whatever it is: policies that may have changed must not decide any more
-                logger.exception("policies could not be read")
-                self._doubt(table)
+        try:
+            await self._read(self._described)
+        except Exception:  # whatever it is: policies that may have changed must not decide any more
+            logger.exception("policies could not be read")
+            self._described.doubt(table)
         changed = frozenset(
             name for name, known in self._tables.items() if known.digest is None or known.digest != before[name]
         )
@@ -158,68 +156,17 @@ class PolicyEngine:
 
     async def outdated(self) -> bool:
         """See `Policy.outdated`. While the catalog cannot be read, what is known holds."""
-        if self._catalog is None:
-            return False
-        try:
-            described, followed = await self._read(self._catalog)
-        except BridgeError as error:
-            if self._is_readable:
-                logger.warning("policies cannot be watched", extra={"reason": error.detail})
-            self._is_readable = False
-            return False
-        self._is_readable = True
-        decided_by = _digests(described), self._left_to_postgres
-        return followed != self.knowledge.followed or decided_by != self._decided_by
+        return self._described is not None and await self._described.outdated()
 
-    async def _read(self, catalog: Catalog) -> tuple[Mapping[str, CatalogTable], frozenset[str]]:
-        """The tables as the database describes them, and those whose changes come through the history."""
-        described = await catalog.read(list(self._tables), sorted(self._roles), self._rules)
-        followed = frozenset(await catalog.published(self._publication)) if self._publication else frozenset[str]()
-        return described, followed
+    async def _read(self, described: DescribedTables) -> Mapping[str, UnsupportedExpression]:
+        async with self._reading:
+            refused = await described.read()
+            self.knowledge.followed = described.followed
+            self.knowledge.survey()
+            return refused
 
-    async def _take_in(
-        self, described: Mapping[str, CatalogTable], followed: frozenset[str]
-    ) -> Mapping[str, UnsupportedExpression]:
-        """Decide tables by what the catalog says now; returns those with a rule that cannot be decided, and why.
-
-        Raises:
-            DatabaseError: Postgres could not be asked what policies mean.
-        """
-        refused: dict[str, UnsupportedExpression] = {}
-        whole = self._left_to_postgres
-        for name, table in self._tables.items():
-            if name not in described:
-                table.refuse(self._roles, Refusal(f"there is no table {name}"))
-                continue
-            try:
-                decision = await decide(
-                    described[name],
-                    self._roles,
-                    rule=self._rules.get(name),
-                    asking=self._asking,
-                    whole=name in whole,
-                )
-            except UnsupportedExpression as error:
-                table.refuse(self._roles, Refusal(CANNOT_DECIDE.format(name), "BRIDGE_POLICIES", error.part))
-                refused[name] = error
-            else:
-                if decision.digest != table.digest:
-                    table.adopt(decision)
-        self._decided_by = _digests(described), whole
-        self.knowledge.followed = followed
-        self.knowledge.survey()
-        return refused
-
-    @property
-    def _left_to_postgres(self) -> frozenset[str]:
-        """Tables whose policies Postgres decides whole."""
-        return frozenset() if self.shadow is None else frozenset(self.shadow.distrusted)
-
-    def _doubt(self, table: str) -> None:
-        """Show nothing of a table, or of any, before the catalog has been read again."""
-        self._decided_by = ({}, frozenset())
-        for known in [self._tables[table]] if table in self._tables else self._tables.values():
-            known.doubt(self._roles)
+    def _distrusted(self) -> Collection[str]:
+        return () if self.shadow is None else self.shadow.distrusted
 
     # -- members
 
@@ -462,10 +409,6 @@ def _own(audience: Audience) -> Audience:
     return audience._replace(
         old=frozenset(audience.old), new=frozenset(audience.new), unknown=frozenset(audience.unknown)
     )
-
-
-def _digests(described: Mapping[str, CatalogTable]) -> dict[str, str]:
-    return {name: table.digest for name, table in described.items()}
 
 
 def _parse_rule(table: str, rule: str, tables: Sequence[str], is_asking: bool) -> Expression:

@@ -453,14 +453,19 @@ async def test_a_reload_that_fails_leaves_its_readers_in_doubt_until_one_succeed
     inserted = [Entry(1, "1", "0", Change("INSERT", STREAMED, None, ROW, 0))]
     async with Database(database) as asked:
         engine = await loaded(asked)
-        asked_catalog, engine._catalog = engine._catalog, Catalog(Database(database).transaction)  # is not entered
+        described = engine._described
+        assert described is not None
+        asked_catalog, described._catalog = (
+            described._catalog,
+            Catalog(Database(database).transaction),
+        )  # is not entered
         await engine.reload("public.notes")
         await joined(engine)
         (audience,) = await engine.audience(inserted)
         assert not audience.new
         assert {member.claims.user for member in audience.unknown} == {ANN, BOB}  # nobody whom no policy let in
         assert engine.refusal("public.notes", claims_of(ANN)) is None  # which would be for good
-        engine._catalog = asked_catalog
+        described._catalog = asked_catalog
         await engine.reload("public.notes")
         assert await viewers(engine) == {ANN, BOB}
 
