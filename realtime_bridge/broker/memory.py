@@ -257,6 +257,7 @@ class MemoryBroker:
         self._sights[sight.user, sight.table] = seen
         following = self._number + 1
         own = seen.get(sight.digest)
+        ended = None if sight.before == sight.digest else seen.get(sight.before)
         told_at = own.told_at if own else now
         told_later = takewhile(lambda digest: digest != sight.digest, reversed(seen))
         is_news = own is None or any(_parts(digest) == _parts(sight.digest) for digest in told_later)
@@ -271,7 +272,7 @@ class MemoryBroker:
             since = following
         else:
             since = own.since if own else 0
-            if is_news or sight.before in seen:
+            if is_news or ended:
                 since = max(since, following if sight.changed is None else sight.changed)
         since = min(max(since, sight.least), following)
         seen.pop(sight.digest, None)

@@ -462,6 +462,12 @@ async def test_what_comes_back_by_an_entry_holds_since_then(brokers: OpenBrokers
         assert await recall(broker, sight("a", changed=19, before="b"), end=20) == [19]
 
 
+async def test_what_an_entry_has_not_changed_is_no_news(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await recall(broker, sight("a"), end=5)
+        assert await recall(broker, sight("a", changed=7, before="a"), end=8) == [5]
+
+
 async def test_what_was_told_of_late_is_ended_by_the_entry_that_ended_it(brokers: OpenBrokers) -> None:
     async with brokers(2) as (quick, slow):
         await recall(slow, sight("r.a.1"), end=5)
@@ -490,6 +496,21 @@ async def test_numbers_of_another_epoch_are_refused(brokers: OpenBrokers) -> Non
         with pytest.raises(BrokerError):
             await broker.recall("another", [sight("a")])
         assert await recall(broker, sight("a"), end=9) == [9]
+
+
+DIGESTS = st.sampled_from(["r.a.1", "r.a.2", "r.b.1", "s.a.1", "s.b.2"])
+NUMBERS = st.integers(0, 6)
+SIGHTS = st.builds(sight, DIGESTS, changed=NUMBERS | st.none(), least=NUMBERS, before=DIGESTS | st.just(""))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.tuples(SIGHTS, st.booleans()), max_size=12))
+async def test_brokers_agree_on_what_users_see(redis_url: str, plan: list[tuple[Sight, bool]]) -> None:
+    async with open_memory() as [memory], open_redis(redis_url, f"test-{uuid.uuid4().hex}") as [redis]:
+        for one, grows in plan:
+            ends = [(await broker.head()).number + grows for broker in (memory, redis)]
+            answers = [await recall(broker, one, end=end) for broker, end in zip((memory, redis), ends, strict=True)]
+            assert answers[0] == answers[1]
 
 
 async def test_sights_of_users_and_tables_are_told_apart(brokers: OpenBrokers) -> None:

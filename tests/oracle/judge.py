@@ -17,7 +17,7 @@ from tests.oracle.copies import Copy, Told, concerned
 from tests.oracle.truth import Commit, RowChange, Truth
 from tests.oracle.world import KEYS, Facts, Row, User
 
-_SHOWN: Final = 12
+_SHOWN: Final = 30
 """Messages shown of a client that something is wrong with."""
 _PER_CHANGE: Final = 2
 """Resyncs for one change of what is seen: a bridge may find it in the database before it comes to it in the history."""
@@ -103,7 +103,7 @@ class Judge:
     def accuse(self, copy: Copy, what: str) -> None:
         """Put down a violation, with what the copy was told last."""
         book = self._books.get(copy)
-        last = [*(book.last if book else ()), *copy.told][-_SHOWN:]
+        last = _shown([*(book.last if book else ()), *copy.told])
         lines = [f"  {one.link}, {one.begun}: {json.dumps(one.message, ensure_ascii=False)[:400]}" for one in last]
         self.violations.append("\n".join([f"{copy.name}: {what}; told last (link, commits begun: message):", *lines]))
 
@@ -113,7 +113,7 @@ class Judge:
         """Judge what a copy was told since the last time."""
         book = self._books.setdefault(copy, _Book(copy))
         told, copy.told = copy.told, []
-        book.last = [*book.last, *told][-_SHOWN:]
+        book.last = _shown([*book.last, *told])
         for one in told:
             self._look(copy, book, one)
         return book
@@ -247,6 +247,14 @@ class Judge:
                 if _may_change_view(commit, before, user, table):
                     found[table, "visibility_changed"] += _PER_CHANGE
         return found
+
+
+def _shown(told: Sequence[Told]) -> list[Told]:
+    """What is worth showing, at most: of messages that tell no news, those after which there was some."""
+    quiet = [one.message["type"] in _PROVEN for one in told]
+    return [one for one, now, then in zip(told, quiet, [*quiet[1:], False], strict=True) if not (now and then)][
+        -_SHOWN:
+    ]
 
 
 def _may_change_view(commit: Commit, before: Commit, user: User, table: str) -> bool:
