@@ -9,6 +9,7 @@ Layer: core. May import: words, broker.base, rows.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NoReturn, Protocol
@@ -71,14 +72,16 @@ class RightsTeller:
         while True:
             found = self._rights.rights
             # What this process has not found yet may have been told of by a leader before it, and is no change then.
-            if found.items() - noted.items() and not await self._rights.outdated():
+            is_news = found.items() - noted.items() and not await self._rights.outdated()
+            if is_news and self._rights.rights == found:
                 changed = [table for table in found if noted.get(table, found[table]) != found[table]]
                 noted |= found
                 await self._tell(changed, noted)
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _tell(self, tables: list[str], noted: Mapping[str, str]) -> None:
-        bodies = [Control("catalog", table, "visibility_changed") for table in tables]
+        now = time.time_ns() // 1000  # the same for all, so that whoever meets them reads the catalog once
+        bodies = [Control("catalog", table, "visibility_changed", now) for table in tables]
         async with self._rows.turn:
             await self._broker.append(
                 self._token, bodies, rows=[RowChange(RIGHTS, NOTE, orjson.dumps(noted, option=orjson.OPT_SORT_KEYS))]

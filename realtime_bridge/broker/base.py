@@ -85,10 +85,9 @@ class Sight(NamedTuple):
 
     Attributes:
         user: the same word for the same user and role, whatever the token.
-        digest: `rights.alone.rest`, of what decides it: equal if the same rows are seen. Other rights are told of by
-            the history, and say nothing here. By the same rights, two that differ in what stands `alone` (a token, or
-            what no entry tells the change of) can be in use at the same time; of two that differ in the rest only, that
-            of which it was told later has taken the other's place.
+        digest: `rights.alone.rest`, of what decides it: equal if the same rows are seen. By the same rights, two that
+            differ in what stands `alone` (a token, or what no entry tells the change of) can be in use at the same
+            time. Of all others, that of which it was told later has taken the other's place: entries tell the rest.
         changed: the number since which it is so, if it is news to the broker that it is; None if nobody knows.
         least: the number before which it may have been otherwise, whatever the broker knows; 0 for none.
         before: the digest that held until `changed`, if it was this one's and holds for nobody any more; or empty.

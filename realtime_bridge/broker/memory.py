@@ -260,7 +260,7 @@ class MemoryBroker:
         ended = None if sight.before == sight.digest else seen.get(sight.before)
         told_at = own.told_at if own else now
         told_later = takewhile(lambda digest: digest != sight.digest, reversed(seen))
-        is_news = own is None or any(_parts(digest) == _parts(sight.digest) for digest in told_later)
+        is_news = own is None or not all(_are_rivals(digest, sight.digest) for digest in told_later)
         is_in_doubt = any(
             _are_rivals(digest, sight.digest) and other.told_at + SIGHT_SECONDS > told_at
             for digest, other in seen.items()

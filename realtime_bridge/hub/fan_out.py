@@ -7,6 +7,7 @@ Layer: core. May import: words, policy.base, wire, hub.*.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence, Set
 from itertools import groupby
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class FanOut:
         self._standing = standing
         self._resume = resume
         self._loop = asyncio.get_running_loop()
+        self._altered: dict[str, float] = {}  # table → when other rights were last found, by the monotonic clock
 
     async def deliver(self, prepared: Sequence[Prepared]) -> None:
         """Decide and send a run of entries, in order, and move the hub's number to its end."""
@@ -60,6 +62,7 @@ class FanOut:
         """
         changed = await self._standing.policy.reload(table)
         self._standing.reloads += 1
+        self._altered.update(dict.fromkeys(changed, time.monotonic()))
         if changed:
             async for before, member in self._join_anew(number):
                 if not member.sights:  # the first of its connections; what it saw until now
@@ -93,11 +96,10 @@ class FanOut:
             self._fall_behind(subscription, item.entry.number - 1)
             await breath.take()
         if isinstance(body, Control):
-            if body.kind == "resync":
-                for subscription in self._standing.directory.all(body.table):
-                    if subscription.concerns(body):
-                        self._fall_behind(subscription, item.entry.number - 1)
-                    await breath.take()
+            for subscription in self._standing.directory.all(body.table) if body.reason is not None else ():
+                if self._must_pass(body, subscription):
+                    self._fall_behind(subscription, item.entry.number - 1)
+                await breath.take()
             return
         for members, old, new in _groups(body, audience):
             plain = form_of(body, old, new)
@@ -109,6 +111,16 @@ class FanOut:
                 else:
                     self._each(item, body, subscriptions, (old, new), pending)
                 await breath.take()
+
+    def _must_pass(self, control: Control, subscription: Subscription) -> bool:
+        """Whether a reader at the end is to pass a control as one that reads on does.
+
+        Whoever was here when altered rights were found was told then; whoever has come since may have been served by
+        the former ones elsewhere.
+        """
+        if control.kind == "resync":
+            return subscription.concerns(control)
+        return subscription.began > self._altered.get(control.table, 0.0)
 
     def _each(
         self,
@@ -189,12 +201,12 @@ def runs(prepared: Sequence[Prepared]) -> Iterator[list[Prepared] | Reload]:
     for _, alike in groupby(prepared, lambda item: transaction_of(item.entry)):
         transaction = list(alike)
         bodies = (item.entry.body for item in transaction)
-        changed = [body.table for body in bodies if isinstance(body, Control) and body.kind == "catalog"]
+        changed = list({body.table for body in bodies if isinstance(body, Control) and body.kind == "catalog"})
         if changed and run:
             yield run
             run = []
-        for table in changed:
-            yield Reload(table, transaction[0].entry.number)
+        if changed:
+            yield Reload(changed[0] if len(changed) == 1 else "*", transaction[0].entry.number)
         run += transaction
     if run:
         yield run

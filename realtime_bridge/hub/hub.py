@@ -191,7 +191,9 @@ class Hub:
         if position.epoch == self._standing.epoch and window.first - 1 <= position.number <= self._standing.number:
             return Start(position.number, None, generation, position.told)
         try:
-            return Start(await self._broker.locate(position), None, generation)
+            number = await self._broker.locate(position)
+            is_same = (position.epoch, position.number) == (self._standing.epoch, number)
+            return Start(number, None, generation, position.told if is_same else 0)
         except HistoryGoneError:
             return Start(self._standing.number, "history_gone", generation)
 

@@ -31,7 +31,7 @@ MANY: Final = 5
 """So many who come within `GATHER_SECONDS` are waited for, and those who come after them."""
 GATHER_MOST_SECONDS: Final = 2.5
 """For no longer than that: what a reader may have to wait because others come."""
-REMIND_SECONDS: Final = SIGHT_SECONDS * 0.4
+REMIND_SECONDS: Final = SIGHT_SECONDS * 0.3
 """So often the broker is told again of what present members see."""
 _RETRY_SECONDS: Final = 0.5
 

@@ -151,7 +151,8 @@ class Subscription:
         """`Position.told` where its reader was sent everything up to a number."""
         sights = self.connection.member.sights
         by_entries = all(s.since <= number >= s.elsewhere for t, s in sights.items() if t in self.tables)
-        return 0 if by_entries or not self.is_current else self._sighted()
+        # Who came with one keeps it: what made it necessary may do so again.
+        return 0 if (by_entries and not self.came_told) or not self.is_current else self._sighted()
 
     def _sighted(self) -> int:
         """A digest, never 0, of what its member sees of its tables."""

@@ -55,8 +55,11 @@ class DescribedTables:
 
     @property
     def rights(self) -> Mapping[str, str]:
-        """Table → a digest of what the catalog says of it; nothing while that is in doubt."""
-        return self._decided_by[0]
+        """See `rights.Rights.rights`: empty of a table that is not there; of none while what holds is in doubt."""
+        described, _ = self._decided_by
+        if not self._is_readable or self._decided_by is _UNDESCRIBED:
+            return {}
+        return {name: described.get(name, "") for name in self._tables}
 
     async def read(self) -> Mapping[str, UnsupportedExpression]:
         """Decide the tables by what the catalog says now; returns those with a rule that cannot be decided, and why.

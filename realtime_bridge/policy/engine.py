@@ -141,18 +141,18 @@ class PolicyEngine:
         """See `Policy.reload`. All tables are read, since policies of some may go through others."""
         if self._described is None or not (table == "*" or table in self._tables or table in self.references):
             return frozenset()
-        before = {name: known.digest for name, known in self._tables.items()}
+        before, followed = {name: known.digest for name, known in self._tables.items()}, self.knowledge.followed
         try:
             await self._read(self._described)
         except Exception:  # whatever it is: policies that may have changed must not decide any more
             logger.exception("policies could not be read")
             self._described.doubt(table)
-        changed = frozenset(
-            name for name, known in self._tables.items() if known.digest is None or known.digest != before[name]
-        )
+        changed = {name for name, known in self._tables.items() if known.doubtful or known.digest != before[name]}
+        if self.knowledge.followed != followed:  # and so what is known of members holds for longer, or less long
+            changed |= self.knowledge.resting_on_answers
         if changed:
             self.part()
-        return changed
+        return frozenset(changed)
 
     async def outdated(self) -> bool:
         """See `Policy.outdated`. While the catalog cannot be read, what is known holds."""

@@ -147,6 +147,11 @@ class Knowledge:
                 found[role].update((fact, None) for fact in predicate.facts if isinstance(fact, Query))
         return {role: sorted(queries, key=lambda query: query.sql) for role, queries in found.items()}
 
+    @property
+    def resting_on_answers(self) -> frozenset[str]:
+        """Tables of which Postgres has to be asked what members see."""
+        return self._query_tables | {asked.table for asked in self._dependencies if isinstance(asked, Asked)}
+
     def is_followed(self, query: Query) -> bool:
         """Whether a fact changes by what the history tells, and by nothing else."""
         return self._dependencies[query].keeping is Keeping.TRACKED

@@ -130,13 +130,15 @@ class Table:
         if self.doubtful:
             return ""
         role, decision = member.claims.role, self.decision
-        decided = (repr(self.rule), None) if decision is None else (decision.digest, decision.columns.get(role))
+        rights, how = "", repr(self.rule)
+        if decision is not None:
+            rights, how = decision.table.digest, decision.digest  # a rule, or a distrust, is of this process alone
         alone, followed = dict[str, object](), dict[str, object]()
         for fact in self.facts:
             if fact.sql in member.facts:
                 kind = followed if isinstance(fact, Query) and is_followed(fact) else alone
                 kind[fact.sql] = member.facts[fact.sql]
-        return f"{digest_of(*decided, self.refusals.get(role))}.{digest_of(alone)}.{digest_of(followed)}"
+        return f"{digest_of(rights)}.{digest_of(how, self.refusals.get(role), alone)}.{digest_of(followed)}"
 
     def _log(self) -> None:
         for refusal in dict.fromkeys(self.refusals.values()):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
 from realtime_bridge.broker.base import SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Broker, Head, Sight, Update
 from realtime_bridge.broker.memory import MemoryBroker
@@ -446,13 +447,13 @@ async def test_a_sight_is_new_while_another_may_be_in_use(brokers: OpenBrokers) 
         assert await recall(one, sight("r.a.1"), end=30) == [31]
 
 
-async def test_other_rights_are_news_once_however_late_the_former_are_told_of(brokers: OpenBrokers) -> None:
-    """The history tells of them: whoever was served by the former has yet to pass that entry."""
-    async with brokers(2) as (quick, slow):
-        await recall(slow, sight("r.a.1"), end=5)
-        assert await recall(quick, sight("s.b.1"), end=8) == [9]
-        await recall(slow, sight("r.a.1"), end=10)
-        assert await recall(quick, sight("s.b.1"), end=20) == [9]
+async def test_other_rights_are_news_once_and_so_are_the_former_if_they_come_back(brokers: OpenBrokers) -> None:
+    async with brokers(2) as (one, other):
+        await recall(one, sight("r.a.1"), end=5)
+        assert await recall(other, sight("s.b.1"), end=8) == [9]
+        assert await recall(other, sight("s.b.1"), end=10) == [9]
+        assert await recall(one, sight("r.a.1"), end=20) == [21]
+        assert await recall(one, sight("r.a.1"), end=30) == [21]
 
 
 async def test_what_comes_back_by_an_entry_holds_since_then(brokers: OpenBrokers) -> None:
@@ -521,12 +522,13 @@ async def test_sights_of_users_and_tables_are_told_apart(brokers: OpenBrokers) -
         assert await recall(broker, *asked, end=9) == [8, 5, 5]
 
 
-async def test_a_user_has_a_bounded_number_of_sights(brokers: OpenBrokers) -> None:
-    async with brokers() as (broker,):
-        for i in range(SIGHTS_OF_A_TABLE + 1):
-            await recall(broker, sight(f"{i}.a.1"))
-        assert await recall(broker, sight("1.a.1"), end=9) == [1]
-        assert await recall(broker, sight("0.a.1")) == [10]  # forgotten, and so it is news
+async def test_a_user_has_a_bounded_number_of_sights_in_redis(redis_url: str) -> None:
+    namespace = f"test-{uuid.uuid4().hex}"
+    async with open_redis(redis_url, namespace) as [broker], Redis.from_url(redis_url, decode_responses=True) as redis:
+        for i in range(SIGHTS_OF_A_TABLE + 2):
+            await recall(broker, sight(f"r.{i}.1"))
+        [kept] = await redis.hvals(f"{{{namespace}}}:sights")
+        assert [one.split()[0] for one in str(kept).split(";")[:-1]] == [f"r.{i}.1" for i in range(2, 10)]
 
 
 async def test_no_sights_are_asked_about_at_no_cost(brokers: OpenBrokers) -> None:
@@ -551,6 +553,17 @@ async def test_a_sight_that_nobody_tells_of_any_more_goes_out_of_use() -> None:
     world.now += 1
     assert await recall(world.broker, sight("r.b.1"), end=40) == [41]  # until just now it may have been in use
     assert await recall(world.broker, sight("r.b.1"), end=50) == [41]
+
+
+async def test_a_user_has_a_bounded_number_of_sights_in_memory() -> None:
+    world = Clocked()
+    for i in range(SIGHTS_OF_A_TABLE + 1):
+        await recall(world.broker, sight(f"r.{i}.1"), end=5)
+    world.now += SIGHT_SECONDS
+    assert await recall(world.broker, sight("r.1.1", changed=3)) == [6]  # others may have been in use since
+    assert await recall(world.broker, sight("r.0.1", changed=3)) == [6]
+    world.now += SIGHT_SECONDS
+    assert await recall(world.broker, sight("r.2.1", changed=3)) == [3]  # forgotten, and so it is news
 
 
 async def test_what_followed_upon_a_sight_out_of_use_is_news_once() -> None:

@@ -9,7 +9,8 @@ import json
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import ClassVar, Final, NoReturn
 from urllib.parse import urlencode
 
@@ -48,11 +49,13 @@ class Told:
     Attributes:
         link: number of the link on which it came; a position was handed in when that was begun.
         begun: `Truth.begun` when it came: later commits cannot have had a part in it.
+        at: when it came.
     """
 
     link: int
     begun: int
     message: Message
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class RefusedError(Exception):

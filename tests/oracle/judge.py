@@ -21,6 +21,9 @@ _SHOWN: Final = 30
 """Messages shown of a client that something is wrong with."""
 _PER_CHANGE: Final = 2
 """Resyncs for one change of what is seen: a bridge may find it in the database before it comes to it in the history."""
+_FOUND: Final = timedelta(seconds=1.5)
+"""For so long one bridge may have found an altered policy and another not: whoever goes from one to the other then sees
+otherwise each time, and is told."""
 _NEW_HISTORY: Final = frozenset({"history_gone", "upstream_gap"})
 """Reasons after which changes may be told again."""
 
@@ -49,6 +52,7 @@ class _Book:
         floor: table → commits up to this number are in the copy, since the table was read later.
         seen: the changes that were told.
         proven: the newest commit of which the copy was told that it has everything up to there.
+        links: when each began to tell, since the last review.
         here: subscription → those told on the newest link.
         resyncs: (table, reason) → how many were told.
         told_at: the same → position and link of the last one.
@@ -61,6 +65,7 @@ class _Book:
         self.seen: set[Place] = set()
         self.proven = 0
         self.link = 0
+        self.links: list[datetime] = []
         self.here: dict[str, list[Place]] = defaultdict(list)
         self.resyncs: Counter[tuple[str, str]] = Counter()
         self.told_at: dict[tuple[str, str], tuple[str, int]] = {}
@@ -87,7 +92,8 @@ class Judge:
         for copy in copies:
             book = self._hear(copy)
             self._find_missing(copy, book)
-            self._charge(copy, book, self._reasons(copy.user, self._reviewed))
+            self._charge(copy, book, self._reasons(copy.user, self._reviewed, book.links))
+            book.links.clear()
         self._granted.clear()
         self._reviewed = self._truth.newest.number
 
@@ -121,6 +127,7 @@ class Judge:
     def _look(self, copy: Copy, book: _Book, told: Told) -> None:
         if told.link != book.link:
             book.link = told.link
+            book.links.append(told.at)
             book.here.clear()
         message = told.message
         if message["type"] == "start":
@@ -234,7 +241,7 @@ class Judge:
         used = book.resyncs - book.excuses
         book.excuses, book.resyncs = reasons - used, Counter()
 
-    def _reasons(self, user: User, after: int) -> Counter[tuple[str, str]]:
+    def _reasons(self, user: User, after: int, links: Sequence[datetime]) -> Counter[tuple[str, str]]:
         """(table, reason) → how many resyncs what was committed after a number, and what faults did, excuse."""
         found: Counter[tuple[str, str]] = Counter()
         for table in user.tables:
@@ -246,6 +253,8 @@ class Judge:
                     found[table, "truncated"] += 1
                 if _may_change_view(commit, before, user, table):
                     found[table, "visibility_changed"] += _PER_CHANGE
+                    if commit.facts.policy != before.facts.policy:
+                        found[table, "visibility_changed"] += sum(commit.at <= at < commit.at + _FOUND for at in links)
         return found
 
 

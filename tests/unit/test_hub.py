@@ -887,9 +887,22 @@ async def test_rights_that_changed_are_told_to_whoever_comes_from_before() -> No
         _, back = await world.connect(position=position)
         _, later = await world.connect(position=world.hub.position)
         await world.settled()
-        assert (present.keys[-2:], present.resyncs) == ([2, 3], [])  # who stays is told by what the hub finds: nothing
-        assert (back.keys, back.resyncs) == ([2], ["visibility_changed"])  # and 3 is in what it reads
+        for reader in (present, back):
+            assert (reader.keys[-1], reader.resyncs) == (2, ["visibility_changed"])  # and 3 is in what it reads
         assert (later.keys, later.resyncs) == ([], [])
+
+
+async def test_rights_that_changed_are_told_once_to_whoever_was_there_when_they_were_found() -> None:
+    async with running() as world:
+        _, present = await world.connect()
+        await world.settled()
+        world.hub._fan_out._altered[POSTS] = time.monotonic()
+        _, joining = await world.connect(position=world.hub.position)
+        await world.settled()
+        await world.append(Control("catalog", POSTS, "visibility_changed"), insert(1))
+        await world.settled()
+        assert (present.keys, present.resyncs) == ([1], [])
+        assert joining.resyncs == ["visibility_changed"]
 
 
 async def test_a_poll_is_told_once_that_its_user_sees_otherwise_though_nothing_follows() -> None:

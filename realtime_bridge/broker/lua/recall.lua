@@ -39,8 +39,11 @@ local function recall(field, digest, changed, least, before)
       has_followed = true
     else
       others[#others + 1] = seen
-      if its_rights == rights and its_alone == alone then is_news = true end
-      if its_rights == rights and its_alone ~= alone then told_last = math.max(told_last, seen.told) end
+      if its_rights == rights and its_alone ~= alone then
+        told_last = math.max(told_last, seen.told)
+      else
+        is_news = true
+      end
     end
   end
   local since = own and own.since or 0
