@@ -1,0 +1,289 @@
+"""Several hubs on one broker find altered rights one after the other, and a reader goes to and fro between them.
+
+The catalog is one that a test sets by hand: each process looks at it when the test says so. All else is as it is.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from realtime_bridge.broker.base import Broker
+from realtime_bridge.errors import DatabaseError
+from realtime_bridge.hub import hub as hub_module
+from realtime_bridge.policy.blocks import Declared
+from realtime_bridge.policy.catalog import Catalog, CatalogPolicy, CatalogTable
+from realtime_bridge.policy.compiler import ColumnType
+from realtime_bridge.policy.engine import PolicyEngine
+from realtime_bridge.policy.keeping import References
+from realtime_bridge.rights import RIGHTS, RightsState, RightsTeller
+from realtime_bridge.rows import IndexState, RowIndex
+from tests.hubs import ANN, BOB, COLUMNS, NOTES, POSTS, RULE, ForkingBroker, HubWorld, hub_of, insert, poll
+from tests.services import eventually
+
+ROLE = "authenticated"
+OWN, ALL = "(auth.uid() = owner)", "true"
+TOLD = ["visibility_changed"]
+
+
+class SetCatalog:
+    """A catalog in which every table has one policy, or is not there.
+
+    Attributes:
+        policies: table → expression, or None; shared by all processes of a test.
+        fails: it cannot be read.
+    """
+
+    def __init__(self, policies: Mapping[str, str | None]) -> None:
+        self.policies = policies
+        self.fails = False
+
+    async def read(self, tables: Sequence[str], *_: object) -> Mapping[str, CatalogTable]:
+        await asyncio.sleep(0)
+        if self.fails:
+            raise DatabaseError("away")
+        return {name: described(name, sql) for name, sql in self.policies.items() if sql is not None and name in tables}
+
+
+def described(name: str, policy: str) -> CatalogTable:
+    readable = {ROLE: frozenset(COLUMNS)}
+    return CatalogTable(
+        name,
+        1,
+        {column: ColumnType(kind) for column, kind in COLUMNS.items()},
+        {column: Declared(kind) for column, kind in COLUMNS.items()},
+        ("id",),
+        True,
+        (CatalogPolicy("p", True, policy, frozenset({ROLE})),),
+        frozenset({ROLE}),
+        readable,
+        frozenset(),
+        frozenset({"uid", "role", "email", "jwt"}),
+        References({}, {}, ()),
+        "",
+    )
+
+
+@dataclass
+class Replica:
+    """One process. `look` has it find what has changed."""
+
+    world: HubWorld
+    catalog: SetCatalog
+
+    async def look(self) -> None:
+        hub = self.world.hub
+        if await self.world.policy.outdated():
+            async with hub._standing.turn:
+                await hub._fan_out.reload("*", hub._standing.number + 1)
+
+
+@dataclass
+class Replicas:
+    """Several processes, of which one may tell rights.
+
+    Attributes:
+        policies: what the catalog says.
+        rights: what was told of them.
+    """
+
+    broker: ForkingBroker
+    policies: dict[str, str | None]
+    tasks: asyncio.TaskGroup
+    all: list[Replica] = field(default_factory=list)
+    rights: RightsState = field(default_factory=RightsState)
+
+    async def start(self, rules: Mapping[str, str] | None = None, *, has_catalog: bool = True) -> Replica:
+        catalog = SetCatalog(self.policies)
+        policy = PolicyEngine([POSTS, NOTES], [ROLE], rules or {}, cast(Catalog, catalog) if has_catalog else None)
+        hub = await hub_of(self.broker, policy)
+        task = self.tasks.create_task(hub.run())
+        await hub.begun()
+        world = HubWorld(hub, self.broker, policy, self.broker._token, self.tasks, task)
+        self.all.append(Replica(world, catalog))
+        return self.all[-1]
+
+    async def lead(self, policy: PolicyEngine) -> asyncio.Task[Any]:
+        """Have a process tell of rights, from now on."""
+        rows = RowIndex(cast(Broker, self.broker), [POSTS, NOTES], IndexState())
+        rows.begun.set()
+        teller = RightsTeller(self.broker, policy, rows, self.rights, self.broker._token)
+        task = self.tasks.create_task(teller.run())
+        await eventually(lambda: RIGHTS in self.broker._index.indexed())
+        return task
+
+    async def append(self, *keys: int, owner: str = ANN) -> None:
+        await self.all[0].world.append(*(insert(key, owner) for key in keys))
+        await self.settled()
+
+    async def settled(self) -> None:
+        for replica in self.all:
+            await replica.world.settled()
+
+    async def told(self, entries: int) -> None:
+        """So many entries of rights were told, and all processes have passed them."""
+        await eventually(lambda: self.rights.told == entries)
+        await self.settled()
+
+
+@asynccontextmanager
+async def replicas(policies: Mapping[str, str | None]) -> AsyncIterator[Replicas]:
+    broker = ForkingBroker()
+    await broker.acquire_lease(ttl=600)
+    async with asyncio.TaskGroup() as tasks:
+        it = Replicas(broker, dict(policies), tasks)
+        before = asyncio.all_tasks()
+        yield it
+        for replica in it.all:
+            for connection in tuple(replica.world.hub.connections):
+                replica.world.hub.close(connection)
+        for task in asyncio.all_tasks() - before:
+            task.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _nobody_looks_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "WATCH_SECONDS", 3600.0)
+
+
+@dataclass
+class Poller:
+    """One reader of Bob's: what each poll tells it, as keys of rows and reasons of resyncs."""
+
+    position: str | None = None
+
+    async def poll(self, replica: Replica, *, wait: float = 0.0) -> list[Any]:
+        answer = await poll(replica.world, BOB, self.position, wait=wait)
+        self.position = answer["position"]
+        return [m["reason"] if m["type"] == "resync" else m["record"]["id"] for m in answer["messages"]]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["comes", "waits"])
+async def test_who_was_served_by_former_rights_after_others_were_found_is_told(waits: bool) -> None:
+    """It goes to where they were found, to where they were not, and back; there it passes their entry."""
+    async with replicas({POSTS: OWN, NOTES: OWN}) as it:
+        quick, slow, leader = [await it.start() for _ in range(3)]
+        await it.lead(leader.world.policy)
+        reader = Poller()
+        await it.append(1, owner=BOB)
+        assert await reader.poll(quick) == []
+        it.policies[POSTS] = ALL
+        await quick.look()
+        assert await reader.poll(quick) == TOLD
+        await it.append(2)  # which Bob sees by the new policy alone
+        assert await reader.poll(slow) == TOLD
+        if waits:
+            assert await reader.poll(quick) == TOLD
+        waiting = asyncio.create_task(reader.poll(quick, wait=60)) if waits else None
+        await eventually(lambda: quick.world.hub._standing.directory.count == waits)
+        await leader.look()
+        await it.told(1)
+        assert await (waiting or reader.poll(quick)) == TOLD
+        await slow.look()
+        for replica in (quick, slow, leader, slow):
+            assert await reader.poll(replica) == []
+
+
+async def test_who_waits_where_rights_are_found_is_told_once_and_passes_their_entry_in_silence() -> None:
+    async with replicas({POSTS: OWN, NOTES: OWN}) as it:
+        leader = await it.start()
+        _, reader = await leader.world.connect(BOB)
+        await it.lead(leader.world.policy)
+        await it.settled()
+        it.policies[POSTS] = ALL
+        await leader.look()
+        await it.told(1)
+        await it.append(2)
+        assert (reader.resyncs, reader.keys) == (TOLD, [2])
+
+
+@pytest.mark.parametrize("replica_count", [1, 2])
+async def test_rights_that_come_back_before_anything_told_of_them_are_news_twice(replica_count: int) -> None:
+    async with replicas({POSTS: ALL, NOTES: ALL}) as it:
+        quick, *_ = [await it.start() for _ in range(replica_count)]
+        reader = Poller()
+        await it.append(1)
+        assert await reader.poll(quick) == []
+        it.policies[POSTS] = OWN
+        await quick.look()
+        assert await reader.poll(quick) == TOLD
+        await it.append(2)  # which Bob must not see in between
+        assert await reader.poll(quick) == []
+        it.policies[POSTS] = ALL
+        await quick.look()
+        await it.lead(it.all[-1].world.policy)
+        assert await reader.poll(quick) == TOLD
+        for replica in it.all * 2:
+            assert await reader.poll(replica) == []
+        assert it.rights.told == 0
+
+
+async def test_a_table_that_was_away_for_a_time_is_told_of_twice() -> None:
+    async with replicas({POSTS: ALL, NOTES: ALL}) as it:
+        leader = await it.start()
+        await it.lead(leader.world.policy)
+        reader = Poller()
+        await it.append(1)
+        assert await reader.poll(leader) == []
+        for policy, entries in ((None, 1), (ALL, 2)):
+            it.policies[POSTS] = policy
+            await leader.look()
+            await it.told(entries)
+            assert await reader.poll(leader) == TOLD
+            assert await reader.poll(leader) == []
+
+
+@pytest.mark.parametrize("has_catalog", [True, False])
+async def test_a_rule_of_one_process_alone_is_told_of_to_whoever_comes_from_another(has_catalog: bool) -> None:
+    """As in a rolling deployment with other BRIDGE_POLICIES."""
+    async with replicas({POSTS: OWN, NOTES: OWN}) as it:
+        old = await it.start({POSTS: ALL, NOTES: ALL}, has_catalog=has_catalog)
+        new = await it.start({POSTS: OWN, NOTES: OWN}, has_catalog=has_catalog)
+        await it.append(1)
+        connection, stays = await old.world.connect(BOB, old.world.hub.position)
+        await it.settled()
+        early = Poller(old.world.hub.position)
+        assert set(await early.poll(new)) == set(TOLD)
+        await it.append(2, 3)
+        assert (stays.keys, stays.resyncs) == ([2, 3], [])
+        position = old.world.hub.position_of(connection)
+        old.world.hub.close(connection)
+        _, back = await new.world.connect(BOB, position)
+        await it.settled()
+        assert (back.keys, back.resyncs) == ([], TOLD)
+
+
+async def test_a_successor_that_cannot_read_the_catalog_tells_nothing_of_rights() -> None:
+    async with replicas({POSTS: OWN, NOTES: OWN}) as it:
+        first = await it.start()
+        leading = await it.lead(first.world.policy)
+        catalog = SetCatalog({POSTS: OWN, NOTES: OWN})
+        late = PolicyEngine([POSTS, NOTES], [ROLE], {}, cast(Catalog, catalog))
+        await late.prepare()
+        catalog.fails = True
+        it.policies[POSTS] = ALL
+        await first.look()
+        await it.told(1)
+        leading.cancel()
+        assert late.rights
+        await it.lead(late)
+        await eventually(lambda: not late.rights)
+        assert it.rights.told == 1
+
+
+async def test_a_poll_is_told_once_of_another_token_that_stays_in_use() -> None:
+    async with replicas({}) as it:
+        only = await it.start({POSTS: RULE, NOTES: RULE}, has_catalog=False)
+        await it.append(1)
+        await only.world.connect(BOB, team="blue")
+        await it.settled()
+        reader = Poller(only.world.hub.position)
+        assert set(await reader.poll(only)) == set(TOLD)
+        for key in range(2, 6):
+            waiting = asyncio.create_task(reader.poll(only, wait=60))
+            await eventually(lambda: only.world.hub._standing.directory.count == 2)
+            await it.append(key, owner=BOB)
+            assert await waiting == [key]
