@@ -25,9 +25,11 @@ from realtime_bridge.change import Change, Column, Entry, Image, Relation
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.errors import ConfigurationError, DatabaseError
+from realtime_bridge.policy.asking import Asking
 from realtime_bridge.policy.base import Verdict
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
+from tests.services import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -434,6 +436,32 @@ async def test_reload_takes_over_what_has_changed_and_keeps_what_has_not(
         notes.execute("drop table notes")
         await engine.reload("public.notes")
         assert await viewers(engine) == set()
+
+
+async def test_what_is_known_of_members_is_asked_again_once_what_it_rests_on_is_published_no_more(
+    database: str, notes: "psycopg.Connection[Any]"
+) -> None:
+    notes.execute(
+        "create table readers (id uuid primary key); grant select on readers to authenticated;"
+        "create policy p on notes to authenticated using (exists (select from readers r where r.id = auth.uid()));"
+        "create publication notes_and_readers for table notes, readers"
+    )
+    async with Database(database) as asked:
+        asking = Asking(asked.transaction, ROLES)
+        tables, catalog = ["public.notes"], Catalog(asked.transaction)
+        engine = PolicyEngine(tables, ROLES, {}, catalog, asking, publication="notes_and_readers", fact_seconds=0.01)
+        await engine.prepare()
+        engine.knowledge._known_since = dict.fromkeys(engine.references, 0.0)  # long ago
+        member = engine.join(claims_of(ANN))
+        await engine.load([member])
+        assert not engine._members.expiring
+        notes.execute("alter publication notes_and_readers drop table readers")
+        assert await engine.outdated()
+        assert await engine.reload("*") == {"public.notes"}
+        assert member.pending
+        member = engine.join(claims_of(ANN))
+        await engine.load([member])
+        await eventually(lambda: engine.has_expired(member))
 
 
 async def test_a_rule_that_stops_compiling_denies(database: str, notes: "psycopg.Connection[Any]") -> None:
