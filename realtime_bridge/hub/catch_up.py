@@ -232,7 +232,8 @@ class CatchUp:
         for item, verdict in decided:
             if not (is_current or self._tell_of_changes(subscription, item.entry.number, out)):
                 return
-            if verdict.changed and not self._tell_of(verdict.changed, subscription, item.entry.number, out):
+            changed = frozenset() if self._standing.has_told(item.entry.body, subscription) else verdict.changed
+            if changed and not self._tell_of(changed, subscription, item.entry.number, out):
                 return
             if touches(item.entry, subscription.tables) and not self._show(subscription, item, verdict, out):
                 return

@@ -35,7 +35,6 @@ class FanOut:
         self._standing = standing
         self._resume = resume
         self._loop = asyncio.get_running_loop()
-        self._altered: dict[str, float] = {}  # table → when other rights were last found, by the monotonic clock
 
     async def deliver(self, prepared: Sequence[Prepared]) -> None:
         """Decide and send a run of entries, in order, and move the hub's number to its end."""
@@ -62,7 +61,7 @@ class FanOut:
         """
         changed = await self._standing.policy.reload(table)
         self._standing.reloads += 1
-        self._altered.update(dict.fromkeys(changed, time.monotonic()))
+        self._standing.altered.update(dict.fromkeys(changed, time.monotonic()))
         if changed:
             async for before, member in self._join_anew(number):
                 if not member.sights:  # the first of its connections; what it saw until now
@@ -113,14 +112,10 @@ class FanOut:
                 await breath.take()
 
     def _must_pass(self, control: Control, subscription: Subscription) -> bool:
-        """Whether a reader at the end is to pass a control as one that reads on does.
-
-        Whoever was here when altered rights were found was told then; whoever has come since may have been served by
-        the former ones elsewhere.
-        """
+        """Whether a reader at the end is to pass a control as one that reads on does."""
         if control.kind == "resync":
             return subscription.concerns(control)
-        return subscription.began > self._altered.get(control.table, 0.0)
+        return not self._standing.has_told(control, subscription)
 
     def _each(
         self,

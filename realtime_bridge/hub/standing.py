@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from realtime_bridge.change import Position
+from realtime_bridge.change import Body, Control, Position
 from realtime_bridge.hub.audience import Directory
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.hub.window import Window
@@ -48,6 +48,7 @@ class Standing:
         proven_at: when it grew last, in the loop's time: a clock that nobody sets.
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
         reloads: grows when policies were read again; what was decided before is then thrown away.
+        altered: table → when its rights were last found to be others, by the monotonic clock.
         turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
         following: whether the broker is being followed now.
     """
@@ -62,6 +63,7 @@ class Standing:
     generation: int = 0
     reloads: int = 0
     following: bool = False
+    altered: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=lambda: Window(size=WINDOW_SIZE, max_bytes=WINDOW_BYTES))
     connections: set["Connection"] = field(default_factory=set)
     directory: Directory = field(default_factory=Directory)
@@ -75,6 +77,15 @@ class Standing:
     def position(self, number: int, told: int = 0) -> str:
         """A number as clients know it; `told` as in `Position`."""
         return str(Position(self.epoch, number, told))
+
+    def has_told(self, body: Body, subscription: Subscription) -> bool:
+        """Whether a reader was told here of the altered rights that an entry tells, when they were found.
+
+        Whoever has come since may have been served by the former ones elsewhere.
+        """
+        if not isinstance(body, Control) or body.kind != "catalog":
+            return False
+        return subscription.began <= self.altered.get(body.table, 0.0)
 
     def prove(self, until: float, now: float) -> None:
         """Something is proven up to a time, told at `now` in the loop's time."""

@@ -14,6 +14,7 @@ from realtime_bridge.broker import redis, redis_link
 from realtime_bridge.change import Change
 from realtime_bridge.errors import LeaseLostError
 from realtime_bridge.hub import fan_out, subscription
+from realtime_bridge.hub.following import Following
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.policy.base import Audience
 from realtime_bridge.policy.engine import PolicyEngine
@@ -140,7 +141,7 @@ def skip_numbers() -> None:
 
 
 def forget_holes() -> None:
-    _replace(Hub, "_reconcile", _forget_holes)
+    _replace(Following, "_reconcile", _forget_holes)
 
 
 def forget_positions() -> None:

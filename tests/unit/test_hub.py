@@ -645,7 +645,7 @@ async def test_rights_that_changed_are_told_once_to_whoever_was_there_when_they_
     async with running() as world:
         _, present = await world.connect()
         await world.settled()
-        world.hub._fan_out._altered[POSTS] = time.monotonic()
+        world.hub._standing.altered[POSTS] = time.monotonic()
         _, joining = await world.connect(position=world.hub.position)
         await world.settled()
         await world.append(Control("catalog", POSTS, "visibility_changed"), insert(1))
