@@ -228,7 +228,12 @@ class HubWorld:
 
 
 async def hub_of(
-    broker: MemoryBroker, policy: PolicyEngine, *, resync_seconds: float = 0.0, max_connections: int = 100
+    broker: MemoryBroker,
+    policy: PolicyEngine,
+    *,
+    resync_seconds: float = 0.0,
+    max_connections: int = 100,
+    replays: bool = True,
 ) -> Hub:
     """A hub that does not run yet, with its policy prepared."""
     await policy.prepare()
@@ -241,6 +246,7 @@ async def hub_of(
         send_buffer_bytes=65_536,
         ping_seconds=25,
         resync_seconds=resync_seconds,
+        replays=replays,
     )
 
 
@@ -252,12 +258,13 @@ async def running(
     window_size: int = 1000,
     resync_seconds: float = 0.0,
     max_connections: int = 100,
+    replays: bool = True,
 ) -> AsyncIterator[HubWorld]:
     """A hub that runs. Leaving it with every connection closed must leave nothing behind."""
     broker = ForkingBroker(history_size=history_size)
     token = await broker.acquire_lease(ttl=600)
     policy = policy or PolicyEngine([POSTS, NOTES], ["authenticated"], {POSTS: RULE, NOTES: RULE})
-    hub = await hub_of(broker, policy, resync_seconds=resync_seconds, max_connections=max_connections)
+    hub = await hub_of(broker, policy, resync_seconds=resync_seconds, max_connections=max_connections, replays=replays)
     hub._standing.window = Window(size=window_size, max_bytes=1 << 20)
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(hub.run())

@@ -185,8 +185,9 @@ class Broker(Protocol):
 
         Raises:
             LeaseLostError: a later token exists; nothing was appended.
-            ForkError: the history is not the continuation of what this broker object appended or followed before;
-                nothing was appended, a new epoch stands, and the source should be opened again after `watermark()`.
+            ForkError: the history is not the continuation of what it was when the term began, or of what was appended
+                since, whoever has noticed that before; nothing was appended, a new epoch stands, and the source should
+                be opened again after `watermark()`. Told once.
         """
         ...
 

@@ -110,6 +110,7 @@ class RedisBroker:
         self._sent_in = ""
         self._sent: set[str] = set()
         self._given_up: deque[str] = deque(maxlen=_GIVEN_UP_KEPT)
+        self._term: tuple[str, Mark] | None = None  # the token, and the end of the history as its holder knows it
 
     async def __aenter__(self) -> Self:
         await self._link.open()
@@ -137,11 +138,13 @@ class RedisBroker:
             given_up = " ".join(self._given_up)
             try:
                 status, result = await self._link.script("acquire", random_part, int(ttl * 1000), given_up)
+                if status == b"ok":
+                    token, head = str(result.decode()), (await self._history.view()).head
+                    self._term = token, (head.epoch, head.number, head.id)
+                    return token
             except BaseException:
                 self._given_up.append(random_part)
                 raise
-            if status == b"ok":
-                return str(result.decode())
             wait = min(max(result / 1000, 0.01), random.uniform(_WAIT_SECONDS / 2, _WAIT_SECONDS))
             # Answers as soon as somebody releases the lease, and wakes only one of those who wait.
             await self._link.command("BLPOP", self._link.released, round(wait, 3))
@@ -205,20 +208,21 @@ class RedisBroker:
         if not self._history.trail.epoch:
             await self._history.view()
         for _ in range(_TRIES):
-            mark = self._history.trail.mark
+            mark = self._mark(batch.token)
             known = self._sent if self._sent_in == mark[0] else set()
             arguments = batch.arguments(mark, self._limits, known)
             answer = await self._link.script("append", *arguments, tables=batch.tables, carries=batch.size)
             status, head = parse_head(answer)
             if status == "ok":
                 self._note(head, batch, mark)
+                self._term = batch.token, (head.epoch, head.number, head.id)
                 return head
             if status == "lease":
                 raise LeaseLostError("another process leads")
             if status == "relations":
                 self._sent = set()
             else:
-                await self._settle(mark)
+                await self._settle(batch.token, mark, status)
         raise BrokerError("Redis: the history changes faster than it can be appended to")
 
     def _note(self, head: Head, batch: "_Batch", mark: Mark) -> None:
@@ -233,19 +237,30 @@ class RedisBroker:
         elif trail.mark == mark:
             trail.forget()  # others have appended since it was made: to be learned anew
 
-    async def _settle(self, mark: Mark) -> None:
-        """Find out how today's history relates to what this process has seen, in a new epoch if need be.
+    def _mark(self, token: str) -> Mark:
+        """What an append continues: where its term stands, whatever else this process has followed meanwhile."""
+        return self._term[1] if self._term is not None and self._term[0] == token else self._history.trail.mark
+
+    async def _settle(self, token: str, mark: Mark, status: str) -> None:
+        """Find out how today's history relates to what an append would continue, in a new epoch if need be.
 
         Raises:
-            ForkError: something that it has seen is no longer there.
+            ForkError: something of that is no longer there.
         """
-        epoch, number, _ = mark
+        epoch, number, newest_id = mark
         view = await self._history.view()
+        if view.head.epoch == epoch and status == "fork" and self._mark(token) == mark:
+            # What is followed does not show it: nobody can tell what was lost.
+            await self._link.script("fork", epoch, -1, "")
+            view = await self._history.view()
         if view.head.epoch == epoch:
             return
         common = view.lineage.common(epoch)
-        if common is None or common < number:
-            raise ForkError(common or 0)
+        if common is not None and common >= number:
+            self._term = token, (view.head.epoch, number, newest_id)
+            return
+        self._term = token, (view.head.epoch, view.head.number, view.head.id)  # from where the source begins anew
+        raise ForkError(common or 0)
 
     async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
         """See `Broker.rows`."""
@@ -348,6 +363,7 @@ class _Batch:
     """Bodies on their way into the history.
 
     Attributes:
+        token: fencing token.
         ids: of the entries that they become.
         relations: by version, those that the bodies need.
         tables: those whose rows change in the row index.
@@ -367,7 +383,7 @@ class _Batch:
         self.tables = list(dict.fromkeys(row.table for row in rows))
         self.size = sum(map(len, self.bodies)) + sum(len(row.text or b"") for row in rows)
         self._rows = rows
-        self._token = token
+        self.token = token
         self._told = (nonce, watermark, proven_until)
 
     def arguments(self, mark: Mark, limits: tuple[int, ...], known: Set[str]) -> list[str | bytes | int]:
@@ -375,7 +391,7 @@ class _Batch:
         places = {table: place for place, table in enumerate(reversed(self.tables))}
         new = {version: relation.encoded for version, relation in self.relations.items() if version not in known}
         return [
-            self._token,
+            self.token,
             *mark,
             *self._told,
             *limits,

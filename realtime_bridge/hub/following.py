@@ -119,7 +119,7 @@ class Following:
         self._catch_up.moved()
 
     async def _fork(self, epoch: str, number: int) -> None:
-        """Everything after a number never happened; whoever had read further rewinds to it."""
+        """Everything after a number never happened; whoever had read further rewinds to it, or is told to resync."""
         standing = self._standing
         async with standing.turn:
             standing.epoch = epoch
@@ -127,6 +127,9 @@ class Following:
                 return
             logger.warning("the history was cut back", extra={"epoch": epoch, "entries": standing.number - number})
             standing.generation += 1
+            for subscription in () if standing.replays else standing.subscriptions():
+                if subscription.sent_to(standing.number) > number:
+                    self._catch_up.owe(subscription, "history_gone")
             standing.number = number
             standing.window.cut(number)
             for subscription in standing.subscriptions():

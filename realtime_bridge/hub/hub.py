@@ -60,6 +60,8 @@ class Hub:
     Args:
         tables: every table that can be subscribed to.
         send_buffer_bytes: see `BRIDGE_SEND_BUFFER_BYTES`.
+        replays: the source brings what a failover of the broker has lost again, so that nobody has seen anything that
+            will not come.
 
     Attributes:
         strangers: links whose clients have yet to say who they are; kept by the transports, counted like connections.
@@ -76,6 +78,7 @@ class Hub:
         send_buffer_bytes: int,
         ping_seconds: float,
         resync_seconds: float,
+        replays: bool = True,
     ) -> None:
         self.tables = tuple(tables)
         self.max_connections = max_connections
@@ -85,7 +88,7 @@ class Hub:
         self.strangers: set[object] = set()
         self._broker = broker
         self._policy = policy
-        self._standing = Standing(policy, self.tables)
+        self._standing = Standing(policy, self.tables, replays)
         self.connections = self._standing.connections
         self._settler = Settler(self._standing, broker)
         self._catch_up = CatchUp(
@@ -192,6 +195,8 @@ class Hub:
             return Start(position.number, None, generation, position.told)
         try:
             number = await self._broker.locate(position)
+            if number < position.number and not self._standing.replays:
+                raise HistoryGoneError("what was told beyond the fork will not be told again")
             is_same = (position.epoch, position.number) == (self._standing.epoch, number)
             return Start(number, None, generation, position.told if is_same else 0)
         except HistoryGoneError:

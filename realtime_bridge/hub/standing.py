@@ -42,6 +42,7 @@ class Standing:
 
     Attributes:
         tables: every table that can be subscribed to.
+        replays: as in `Hub`.
         epoch, number: everything up to here is decided and sent to those at the end.
         proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
         proven_most: the most that `proven_until` ever was; a fork may have cut off what was proven.
@@ -55,6 +56,7 @@ class Standing:
 
     policy: Policy
     tables: tuple[str, ...] = ()
+    replays: bool = True
     epoch: str = ""
     number: int = 0
     proven_until: float = 0.0

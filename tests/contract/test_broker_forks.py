@@ -136,7 +136,46 @@ async def test_whoever_finds_a_fork_there_is_one_new_epoch(redis_url: str, names
         heads = await asyncio.gather(*(broker.head() for broker in brokers for _ in range(3)))
         assert len({head.epoch for head in heads}) == 1
         assert len(await store.epochs()) == 2
+        with pytest.raises(ForkError):  # however many have found it before
+            await brokers[0].append(token, changes(4))
+        token = await relead(brokers[0], token)
         await brokers[0].append(token, changes(13))
+        assert seen(await brokers[0].read(0)) == [1, 2, 13]
+
+
+async def test_what_a_failover_lost_is_missed_by_an_append_though_its_own_process_followed_the_fork(
+    redis_url: str, namespace: str
+) -> None:
+    async with store_of(redis_url, namespace) as store, open_redis(redis_url, namespace) as [leader]:
+        async with leader.follow() as updates:
+            token = await leader.acquire_lease(ttl=60)
+            await leader.append(token, changes(1, 2), watermark="two")
+            fail_over = await store.replicate()
+            await leader.append(token, changes(3), watermark="three")
+            await fail_over()
+            while (await update(updates)).kind != "fork":
+                pass
+            with pytest.raises(ForkError):
+                await leader.append(token, changes(4), watermark="four")
+        await relead(leader, token)
+        assert await leader.watermark() == "two"
+
+
+async def test_what_is_lost_between_watermark_and_first_append_of_a_term_is_missed(
+    redis_url: str, namespace: str
+) -> None:
+    async with store_of(redis_url, namespace) as store, open_redis(redis_url, namespace, 2) as [first, second]:
+        token = await first.acquire_lease(ttl=60)
+        await first.append(token, changes(1, 2), watermark="two")
+        await second.head()
+        fail_over = await store.replicate()
+        await first.append(token, changes(3), watermark="three")
+        await first.release_lease(token)
+        token = await second.acquire_lease(ttl=60)
+        assert await second.watermark() == "three"
+        await fail_over()
+        with pytest.raises((ForkError, LeaseLostError)):
+            await second.append(token, changes(4), watermark="four")
 
 
 async def test_a_fork_that_costs_this_process_nothing_is_only_another_epoch(redis_url: str, namespace: str) -> None:
@@ -291,8 +330,7 @@ async def test_a_follower_learns_of_a_lost_history_though_the_new_one_is_longer(
             await entries_up_to(updates, 1)
             await store.lose_everything()
             token = await relead(leader, token)
-            with pytest.raises(ForkError):
-                await leader.append(token, changes(2))
+            assert await leader.watermark() is None
             await leader.append(token, changes(11, 12, 13))
             lost = await news(updates)
             assert lost.kind == "lost"

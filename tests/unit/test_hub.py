@@ -414,6 +414,26 @@ async def test_who_comes_while_a_loss_is_told_is_told_as_well() -> None:
         assert reader.messages[0]["position"] == "other-4"
 
 
+async def test_what_a_fork_cut_off_is_told_to_whoever_saw_it_where_it_will_not_come_again() -> None:
+    async with running(replays=False) as world:
+        _, present = await world.connect()
+        await world.append(insert(1), insert(2))
+        await world.settled()
+        before = world.hub.position
+        await world.append(insert(3))
+        await world.settled()
+        beyond = world.hub.position
+        world.broker.fork(2)
+        await world.settled()
+        await world.append(insert(4))
+        await world.settled()
+        assert (present.keys, present.resyncs) == ([1, 2, 3, 4], ["history_gone"])
+        for position, resyncs in ((before, []), (beyond, ["history_gone"])):
+            _, back = await world.connect(position=position)
+            await world.settled()
+            assert back.resyncs == resyncs
+
+
 async def test_a_resync_does_not_stand_for_what_comes_after_a_fork_under_the_same_numbers() -> None:
     async with running() as world:
         await world.append(*(insert(n) for n in range(1, 6)))
