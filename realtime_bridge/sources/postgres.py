@@ -20,6 +20,7 @@ import psycopg
 from realtime_bridge.errors import ConfigurationError, SourceError
 from realtime_bridge.sources.assembler import Assembler
 from realtime_bridge.sources.postgres_catalog import (
+    Moment,
     Primary,
     SlotState,
     SlotStatus,
@@ -108,9 +109,13 @@ class PostgresSource:
                     transaction_rows=self._transaction_rows,
                     references=self._references,
                 )
-                ask = partial(primary.moment, self._publication, self._tables)
+                ask = partial(self._ask, primary)
                 verify = partial(self._refuse_unpublished, primary)
                 yield PostgresStream(primary, replication, assembler, start, self._tables, ask, verify)
+
+    async def _ask(self, primary: Primary) -> Moment:
+        followed = {*self._tables, *self._references()}
+        return await primary.moment(self._publication, self._tables, sorted(followed))
 
     async def _refuse_unpublished(self, primary: Primary) -> None:
         repairs = await publication_repairs(primary, self._publication, self._tables)

@@ -187,11 +187,11 @@ class Primary:
             return None
         return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
-    async def moment(self, publication: str, tables: Sequence[str]) -> Moment:
-        """Read clock, WAL and snapshot, in this order, and the rights on these tables."""
+    async def moment(self, publication: str, tables: Sequence[str], followed: Sequence[str]) -> Moment:
+        """Read clock, WAL and snapshot, in this order, the rights on the tables, and what is published of `followed`."""
         if self._moment is None:  # not earlier: behind a pooler there is nothing to prepare on
             self._moment = await self.connection.prepare(_MOMENT)
-        row = await self._moment.fetchrow(tables, publication)
+        row = await self._moment.fetchrow(tables, publication, followed)
         assert row is not None
         snapshot = Snapshot.parse(row[2])
         published = {name: max(map(snapshot.full, xids)) for name, *xids in row[4]}
@@ -337,7 +337,7 @@ _MOMENT: Final = """
             ) AS version(version)),
            ARRAY(
                 SELECT (wanted.name, member.x::text::int8, p.xmin::text::int8)
-                FROM unnest($1::text[]) AS wanted(name)
+                FROM unnest($3::text[]) AS wanted(name)
                 JOIN pg_namespace n ON n.nspname = split_part(wanted.name, '.', 1)
                 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(wanted.name, '.', 2)
                 JOIN pg_publication p ON p.pubname = $2 AND pubinsert AND pubupdate AND pubdelete AND pubtruncate

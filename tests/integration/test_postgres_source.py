@@ -586,6 +586,21 @@ async def test_what_was_not_published_for_a_moment_is_a_gap_before_anything_is_p
         assert titles(await read(stream, 1)) == ["told"]
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["in several transactions", "in one"])
+async def test_what_policies_read_is_doubted_too_when_it_was_not_published(db: Database, apart: bool) -> None:
+    await db.run("CREATE TABLE members (id int PRIMARY KEY)", "INSERT INTO members VALUES (1)")
+    await db.publish(POSTS, "public.members")
+    async with db.source(references=lambda: {"public.members"}).open(None, owner="ns/1") as stream:
+        await read_until_idle(stream)
+        meanwhile = [
+            f"ALTER PUBLICATION {PUBLICATION} DROP TABLE members",
+            "DELETE FROM members",
+            f"ALTER PUBLICATION {PUBLICATION} ADD TABLE members",
+        ]
+        await db.run(*(meanwhile if apart else ["; ".join(meanwhile)]))
+        assert await read_until_idle(stream) == [Control("resync", "public.members", "upstream_gap")]
+
+
 @pytest.mark.parametrize("change", ["SET (publish = 'insert')", "RENAME TO other"])
 async def test_nothing_is_proven_while_a_publication_does_not_carry_everything(change: str, db: Database) -> None:
     async with db.source().open(None, owner="ns/1") as stream:
