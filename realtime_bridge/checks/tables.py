@@ -103,9 +103,10 @@ def row_filter(facts: Facts, about: Table) -> Outcome | None:
     """A publication may send some rows only."""
     if about.row_filter is None:
         return None
-    return warning(
+    mended = " The bridge refuses to start; `realtime-bridge check --fix` takes the filter away." if facts.owned else ""
+    return (problem if facts.owned else warning)(
         f"The publication {facts.publication_name} sends only those rows of {about.name} where {about.row_filter}; "
-        "changes of others never arrive.",
+        f"changes of others never arrive.{mended}",
         publish_whole(facts, about),
     )
 

@@ -121,7 +121,7 @@ class PostgresSource:
         repairs = await publication_repairs(primary, self._publication, self._tables)
         if repairs:
             raise ConfigurationError(
-                f"BRIDGE_PUBLICATION: publication {self._publication} does not carry every change of "
+                f"BRIDGE_PUBLICATION: publication {self._publication} does not carry every change of every row of "
                 f"{', '.join(self._tables)}; run `realtime-bridge check --fix`, or `{'; '.join(repairs)}`"
             )
 

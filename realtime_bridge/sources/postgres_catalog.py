@@ -66,7 +66,7 @@ class Moment(NamedTuple):
         snapshot: what is visible, read last.
         rights: differs from an earlier one if what the snapshot shows of policies, grants and roles does.
         published: table → the transaction (64 bits) that has last put it into the publication, or changed what of it is
-            published. Tables that are not published are left out.
+            published. Tables that are not published, or only in part of their rows, are left out.
     """
 
     time: float
@@ -344,7 +344,7 @@ _MOMENT: Final = """
                 CROSS JOIN LATERAL (
                     SELECT p.xmin WHERE p.puballtables
                     UNION ALL SELECT r.xmin FROM pg_publication_rel r
-                              WHERE r.prpubid = p.oid
+                              WHERE r.prpubid = p.oid AND r.prqual IS NULL
                                 AND r.prrelid IN (SELECT c.oid UNION ALL SELECT pg_partition_ancestors(c.oid))
                     UNION ALL SELECT s.xmin FROM pg_publication_namespace s
                               WHERE s.pnpubid = p.oid AND s.pnnspid = n.oid

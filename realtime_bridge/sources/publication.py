@@ -1,7 +1,7 @@
 """What a publication lacks to carry every change of the bridge's tables, and the SQL that mends it.
 
-A table that is not published is silent for ever, so this is proven before reading and again while reading. Only
-`ensure_publication` changes anything: it is for those who may change the user's database.
+A table that is not published, or only where a row filter lets it, is silent for ever, so this is proven before reading
+and again while reading. Only `ensure_publication` changes anything: it is for those who may change the user's database.
 
 Layer: adapters. May import: words, sources.postgres_catalog.
 Sources: PostgreSQL documentation, CREATE PUBLICATION, pg_publication_tables.
@@ -32,6 +32,7 @@ async def publication_repairs(primary: Primary, publication: str, tables: Sequen
         _refuse_unpublishable(state)
     quoted = '"' + publication.replace('"', '""') + '"'
     missing = ", ".join(state["sql_name"] for state in states if not state["published"])
+    filtered = ", ".join(state["sql_name"] for state in states if not state["published"] and state["is_filtered"])
     with_generated = any(state["has_stored"] and not state["published"] for state in states)
     if found is None:
         options = "publish_via_partition_root = true" + with_generated * f", {_WITH_GENERATED}"
@@ -43,6 +44,8 @@ async def publication_repairs(primary: Primary, publication: str, tables: Sequen
         repairs.append(f"ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate')")
     if not found["via_root"] and any(state["kind"] == "p" for state in states):
         repairs.append(f"ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true)")
+    if filtered:  # a table cannot be a member twice
+        repairs.append(f"ALTER PUBLICATION {quoted} DROP TABLE {filtered}")
     if missing:
         repairs.append(f"ALTER PUBLICATION {quoted} ADD TABLE {missing}")
     return repairs
@@ -110,10 +113,15 @@ _TABLES: Final = """
            EXISTS (
                SELECT FROM pg_publication_tables p
                WHERE p.pubname = $1 AND p.schemaname = wanted.schema AND p.tablename = wanted.name
+                 AND p.rowfilter IS NULL
            ) OR EXISTS (
                SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-               WHERE p.pubname = $1 AND r.prrelid = c.oid AND c.relkind = 'p'
+               WHERE p.pubname = $1 AND r.prrelid = c.oid AND c.relkind = 'p' AND r.prqual IS NULL
            ) AS published,
+           EXISTS (
+               SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+               WHERE p.pubname = $1 AND r.prrelid = c.oid AND r.prqual IS NOT NULL
+           ) AS is_filtered,
            'stored' = ANY (generated.kinds) AS has_stored, 'virtual' = ANY (generated.kinds) AS has_virtual,
            c.relreplident = 'f' OR EXISTS (
                SELECT FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE l.relreplident = 'f'

@@ -89,7 +89,7 @@ BREAKAGES = {
     "some rows published": (
         f"alter publication {PUBLICATION} set table posts where (is_public)",
         f"row_filter {TABLE}",
-        "warning",
+        "problem",
     ),
     "some columns published": (
         f"alter publication {PUBLICATION} set table posts (id, title)",

@@ -516,13 +516,14 @@ async def test_a_missing_publication_is_refused_with_the_sql_that_makes_it(db: D
     [
         "ALTER PUBLICATION realtime_bridge DROP TABLE posts",
         "ALTER PUBLICATION realtime_bridge SET (publish = 'insert')",
+        "ALTER PUBLICATION realtime_bridge SET TABLE posts WHERE (is_public)",
     ],
 )
 async def test_what_a_publication_lacks_is_mended_by_ensure_publication(db: Database, spoil: str) -> None:
     await db.run(spoil)
     with pytest.raises(ConfigurationError, match="ALTER PUBLICATION"):
         await db.source().check()
-    assert len(await ensure_publication(db.dsn, PUBLICATION, [POSTS])) == 1
+    assert await ensure_publication(db.dsn, PUBLICATION, [POSTS])
     assert await ensure_publication(db.dsn, PUBLICATION, [POSTS]) == []
     await db.source().check()
 
@@ -586,6 +587,15 @@ async def test_what_was_not_published_for_a_moment_is_a_gap_before_anything_is_p
         assert titles(await read(stream, 1)) == ["told"]
 
 
+async def test_rows_that_a_filter_kept_back_are_a_gap_once_it_is_gone(db: Database) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.post("all see it")
+        await read_until_idle(stream)
+        await db.run(f"ALTER PUBLICATION {PUBLICATION} SET TABLE posts WHERE (id < 0)", "UPDATE posts SET title = 'no'")
+        await db.publish(POSTS)
+        assert await read_until_idle(stream) == [GAP_OF_POSTS]
+
+
 @pytest.mark.parametrize("apart", [True, False], ids=["in several transactions", "in one"])
 async def test_what_policies_read_is_doubted_too_when_it_was_not_published(db: Database, apart: bool) -> None:
     await db.run("CREATE TABLE members (id int PRIMARY KEY)", "INSERT INTO members VALUES (1)")
@@ -601,7 +611,7 @@ async def test_what_policies_read_is_doubted_too_when_it_was_not_published(db: D
         assert await read_until_idle(stream) == [Control("resync", "public.members", "upstream_gap")]
 
 
-@pytest.mark.parametrize("change", ["SET (publish = 'insert')", "RENAME TO other"])
+@pytest.mark.parametrize("change", ["SET (publish = 'insert')", "RENAME TO other", "SET TABLE posts WHERE (id < 2)"])
 async def test_nothing_is_proven_while_a_publication_does_not_carry_everything(change: str, db: Database) -> None:
     async with db.source().open(None, owner="ns/1") as stream:
         await read_until_idle(stream)
