@@ -205,8 +205,8 @@ class PostgresSource:
         place = watermark.place
         # Somebody else read on behind us, or the server went back to before what it had sent.
         if place.lsn < state.confirmed or place.lsn > system.flushed:
-            return Start(incarnation, watermark.published, fresh, state.confirmed, gap=True)
-        return Start(incarnation, watermark.published, place, state.confirmed, gap=False)
+            return Start(incarnation, watermark, fresh, state.confirmed, gap=True)
+        return Start(incarnation, watermark, place, state.confirmed, gap=False)
 
     async def _try_to_start(self, replication: Replication, start: Start) -> bool:
         """Whether the stream runs now; False if somebody was quicker."""

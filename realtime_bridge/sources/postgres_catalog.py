@@ -17,7 +17,7 @@ from realtime_bridge.change import Column, Relation
 from realtime_bridge.errors import ConfigurationError, SourceError
 from realtime_bridge.pgoutput import RelationMessage
 from realtime_bridge.sources.replication import CONNECT_SECONDS, reason_of
-from realtime_bridge.sources.transactions import Described, lsn_text
+from realtime_bridge.sources.transactions import Described, NamedTable, lsn_text
 
 QUERY_SECONDS: Final = 10
 _SLOT_SECONDS: Final = 30
@@ -65,7 +65,7 @@ class Moment(NamedTuple):
         written: the LSN where the WAL written by then ends. A stream that has reached it has all that was committed.
         snapshot: what is visible, read last.
         rights: differs from an earlier one if what the snapshot shows of policies, grants and roles does.
-        published: table → the transaction (64 bits) that has last put it into the publication, or changed what of it is
+        published: the transaction (64 bits) that has last put each table into the publication, or changed what of it is
             published. Tables that are not published, or only in part of their rows, are left out.
     """
 
@@ -73,7 +73,7 @@ class Moment(NamedTuple):
     written: int
     snapshot: Snapshot
     rights: str
-    published: Mapping[str, int]
+    published: Mapping[NamedTable, int]
 
 
 class SlotState(NamedTuple):
@@ -188,13 +188,13 @@ class Primary:
         return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
     async def moment(self, publication: str, tables: Sequence[str], followed: Sequence[str]) -> Moment:
-        """Read clock, WAL and snapshot, in this order, the rights on the tables, and what is published of `followed`."""
+        """Read clock, WAL and snapshot, in this order, the rights on the tables, and which `followed` are published."""
         if self._moment is None:  # not earlier: behind a pooler there is nothing to prepare on
             self._moment = await self.connection.prepare(_MOMENT)
         row = await self._moment.fetchrow(tables, publication, followed)
         assert row is not None
         snapshot = Snapshot.parse(row[2])
-        published = {name: max(map(snapshot.full, xids)) for name, *xids in row[4]}
+        published = {NamedTable(name, oid): max(map(snapshot.full, xids)) for name, oid, *xids in row[4]}
         return Moment(row[0], end_of_record(row[1], self._block, self._segment), snapshot, row[3], published)
 
     async def flush(self, written: int) -> None:
@@ -336,7 +336,7 @@ _MOMENT: Final = """
                 UNION ALL SELECT concat('role ', oid, rolname, rolsuper, rolinherit, rolbypassrls) FROM pg_roles
             ) AS version(version)),
            ARRAY(
-                SELECT (wanted.name, member.x::text::int8, p.xmin::text::int8)
+                SELECT (wanted.name, c.oid::int8, member.x::text::int8, p.xmin::text::int8)
                 FROM unnest($3::text[]) AS wanted(name)
                 JOIN pg_namespace n ON n.nspname = split_part(wanted.name, '.', 1)
                 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(wanted.name, '.', 2)

@@ -23,6 +23,7 @@ from realtime_bridge.sources.replication import Data, Replication
 from realtime_bridge.sources.transactions import (
     BodyBuilder,
     Described,
+    NamedTable,
     Place,
     Placed,
     Transaction,
@@ -46,13 +47,13 @@ class Start(NamedTuple):
     """Where a stream begins.
 
     Attributes:
-        published: as in `Watermark`; None where what the history has says nothing of it.
+        known: the watermark of the history; None where that says nothing of this slot.
         confirmed: what the slot has been told not to need any more.
         gap: it cannot be proven that this continues the history.
     """
 
     incarnation: str
-    published: int | None
+    known: Watermark | None
     after: Place
     confirmed: int
     gap: bool
@@ -67,14 +68,14 @@ class _Proof(NamedTuple):
 
 
 class _Doubt(NamedTuple):
-    """Of these tables changes were not published; that is told once everything up to `written` is given on.
+    """Of these tables changes were not published, or not read; told once everything up to `written` is given on.
 
     Attributes:
-        xmax: transactions before this one may have begun while the tables were not published.
+        xmax: transactions before this one may have begun while that was so.
         written: None while any of those goes on.
     """
 
-    tables: tuple[str, ...]
+    tables: frozenset[NamedTable]
     published: int
     xmax: int
     written: int | None = None
@@ -107,7 +108,8 @@ class PostgresStream:
         self._built = start.after
         self._given = start.after
         self._greeted = False
-        self._published = start.published
+        self._published = None if start.known is None else start.known.published
+        self._covered = frozenset[NamedTable]() if start.known is None else start.known.tables
         self._doubt: _Doubt | None = None
         self._proof: _Proof | None = None
         now = asyncio.get_running_loop().time()
@@ -201,17 +203,24 @@ class PostgresStream:
     async def _look_around(self) -> Moment:
         """Ask the primary how it stands. Where tables are not published, or were not for a time, it proves nothing."""
         moment = await self._ask()
-        if self._published is None:
-            self._published = max(moment.published.values(), default=0)
-        newer = tuple(table for table, since in moment.published.items() if since > self._published)
-        if newer:
-            self._suspect(newer, max(moment.published.values()), moment)
+        published = self._published
+        if published is None:
+            published = self._published = max(moment.published.values(), default=0)
+            self._covered = frozenset(moment.published)
+        self._covered = self._covered.intersection(moment.published)
+        doubtful = frozenset(
+            table for table, since in moment.published.items() if since > published or table not in self._covered
+        )
+        if doubtful:
+            self._suspect(doubtful, max(moment.published.values()), moment)
             self._proof = None
-        elif self._proof is None and moment.published.keys() >= set(self._tables):
+            return moment
+        self._doubt = None
+        if self._proof is None and {table.name for table in moment.published} >= set(self._tables):
             self._proof = _Proof(moment.time, moment.written, asyncio.get_running_loop().time())
         return moment
 
-    def _suspect(self, tables: tuple[str, ...], published: int, moment: Moment) -> None:
+    def _suspect(self, tables: frozenset[NamedTable], published: int, moment: Moment) -> None:
         """Begin to doubt, or go on: a doubt that is the same stays, however often it is met before it is told."""
         doubt = self._doubt
         if doubt is None or (doubt.tables, doubt.published) != (tables, published):
@@ -263,11 +272,11 @@ class PostgresStream:
     def _confession(self, doubt: _Doubt) -> SourceBatch:
         """The batch that tells of changes that were not published: whoever reads the tables behind it has them all."""
         self._doubt, self._published = None, doubt.published
-        logger.warning(
-            "tables are published anew, and what was not is told as a gap", extra={"tables": ",".join(doubt.tables)}
-        )
+        self._covered |= doubt.tables
+        tables = sorted(table.name for table in doubt.tables)
+        logger.warning("tables are read anew, and what was not is told as a gap", extra={"tables": ",".join(tables)})
         watermark = self._watermark(self._given)
-        gaps = tuple(Control("resync", table, "upstream_gap") for table in doubt.tables)
+        gaps = tuple(Control("resync", table, "upstream_gap") for table in tables)
         return SourceBatch(gaps, (watermark,) * len(gaps), watermark, self._given.lsn)
 
     def _batch(self) -> SourceBatch:
@@ -295,7 +304,7 @@ class PostgresStream:
         )
 
     def _watermark(self, place: Place) -> str:
-        return str(Watermark(self._start.incarnation, self._published or 0, place))
+        return str(Watermark(self._start.incarnation, self._published or 0, place, self._covered))
 
     # -- proof and other duties --------------------------------------------------------------------------------------
 

@@ -8,8 +8,10 @@ Layer: adapters (without I/O). May import: words, pgoutput.
 Sources: src/backend/replication/logical/proto.c; SnapBuildXactNeedsSkip for the meaning of a place.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
 from realtime_bridge.change import ABSENT, Body, Change, Control, Image, Relation, ResyncReason
@@ -42,29 +44,47 @@ def parse_lsn(text: str) -> int:
     return int(high, 16) << 32 | int(low, 16)
 
 
+class NamedTable(NamedTuple):
+    """A table, as `schema.table`, and which one it was that had the name."""
+
+    name: str
+    oid: int
+
+
 class Watermark(NamedTuple):
     """How far the history has got with this source.
 
     Attributes:
         incarnation: of what was read; places in another one say nothing of this one.
         published: the newest transaction that put any table into the publication as it was when it was read.
+        tables: those of which the history has all up to this place, or has been told that it has not.
     """
 
     incarnation: str
     published: int
     place: Place
+    tables: frozenset[NamedTable] = frozenset()
 
     def __str__(self) -> str:
-        return f"{self.incarnation}|{self.published:x}|{self.place.lsn:x}|{self.place.ordinal}"
+        place = f"{self.place.lsn:x}|{self.place.ordinal}"
+        return f"{self.incarnation}|{self.published:x}|{place}|{_tables_text(self.tables)}"
 
     @classmethod
     def parse(cls, text: str) -> "Watermark | None":
-        """Read a text; None if another kind of source wrote it."""
+        """Read a text; None if another kind of source wrote it. Former versions named no tables."""
         try:
-            incarnation, published, lsn, ordinal = text.split("|")
-            return cls(incarnation, int(published, 16), Place(int(lsn, 16), int(ordinal)))
-        except ValueError:
+            incarnation, published, lsn, ordinal, *rest = text.split("|", 4)
+            tables = json.loads(rest[0]) if rest else ()
+            named = frozenset(NamedTable(str(name), int(oid)) for name, oid in tables)
+            return cls(incarnation, int(published, 16), Place(int(lsn, 16), int(ordinal)), named)
+        except (ValueError, TypeError):
             return None
+
+
+@lru_cache(maxsize=8)
+def _tables_text(tables: frozenset[NamedTable]) -> str:
+    """One text for the many watermarks of the same tables."""
+    return json.dumps(sorted(tables), separators=(",", ":"))
 
 
 class Row(NamedTuple):

@@ -587,6 +587,30 @@ async def test_what_was_not_published_for_a_moment_is_a_gap_before_anything_is_p
         assert titles(await read(stream, 1)) == ["told"]
 
 
+async def test_a_table_that_was_not_read_for_a_time_is_a_gap_once_it_is_again(db: Database) -> None:
+    await db.run("CREATE TABLE notes (id int PRIMARY KEY)")
+    await db.publish(POSTS, "public.notes")
+    both = db.source(POSTS, references=lambda: {"public.notes"})
+    async with both.open(None, owner="ns/1") as stream:
+        watermark = (await anext(stream)).watermark
+    async with db.source().open(watermark, owner="ns/1") as stream:
+        await db.run("INSERT INTO notes VALUES (1)")
+        await db.post("told")
+        told = await batches(stream, lambda found: any(b.proven_until for b in found) and changes(found))
+    async with both.open(told[-1].watermark, owner="ns/1") as stream:
+        found = await batches(stream, lambda found: any(batch.proven_until for batch in found))
+        assert bodies(found) == [Control("resync", "public.notes", "upstream_gap")]
+    async with both.open(found[-1].watermark, owner="ns/1") as stream:
+        assert await read_until_idle(stream) == []
+
+
+async def test_after_a_version_that_did_not_note_its_tables_each_is_a_gap_once(db: Database) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        watermark = (await anext(stream)).watermark
+    async with db.source().open(watermark.rpartition("|")[0], owner="ns/1") as stream:
+        assert await read_until_idle(stream) == [GAP_OF_POSTS]
+
+
 async def test_rows_that_a_filter_kept_back_are_a_gap_once_it_is_gone(db: Database) -> None:
     async with db.source().open(None, owner="ns/1") as stream:
         await db.post("all see it")

@@ -12,6 +12,7 @@ from realtime_bridge.sources.assembler import Assembler
 from realtime_bridge.sources.transactions import (
     BodyBuilder,
     Described,
+    NamedTable,
     Place,
     Placed,
     Transaction,
@@ -238,10 +239,14 @@ def test_messages_out_of_order_are_refused(messages: list[bytes]) -> None:
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**9))
 def test_lsns_and_watermarks_survive_as_text(lsn: int, ordinal: int) -> None:
     assert parse_lsn(lsn_text(lsn)) == lsn
-    watermark = Watermark("7/1/slot", lsn, Place(lsn, ordinal))
+    watermark = Watermark("7/1/slot", lsn, Place(lsn, ordinal), frozenset([NamedTable("public.a|b", 7)]))
     assert Watermark.parse(str(watermark)) == watermark
 
 
-@pytest.mark.parametrize("text", ["", "supabase:1", "a|b|c|d", "a|1|2", "a|1|2|3|4"])
+def test_a_watermark_of_a_former_version_names_no_tables() -> None:
+    assert Watermark.parse("7/1/slot|a|b|1") == Watermark("7/1/slot", 10, Place(11, 1))
+
+
+@pytest.mark.parametrize("text", ["", "supabase:1", "a|b|c|d", "a|1|2", "a|1|2|3|4", "a|1|2|3|[4]", "a|1|2|3|"])
 def test_a_foreign_watermark_is_none(text: str) -> None:
     assert Watermark.parse(text) is None
