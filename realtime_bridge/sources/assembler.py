@@ -14,7 +14,7 @@ described again.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -171,6 +171,8 @@ class Assembler:
             when it came and is at the commit cannot be told row by row any more: then the transaction is `bulk`.
 
     Attributes:
+        names: oid → table, of those that are wanted, as they were last seen in the catalog. A row of one that goes by
+            another name makes the transaction `bulk`: it may be named back before anyone looks.
         ready: complete transactions with something to tell, oldest first. Whoever takes them bounds them.
         ready_rows: how many rows they have in all.
         ready_bytes: how many bytes those had on the wire.
@@ -186,6 +188,7 @@ class Assembler:
         transaction_bytes: int = TRANSACTION_BYTES,
         references: Callable[[], Collection[str]] = frozenset,
     ) -> None:
+        self.names: Mapping[int, str] = {}
         self.ready: deque[Transaction] = deque()
         self.ready_rows = 0
         self.ready_bytes = 0
@@ -349,7 +352,7 @@ class Assembler:
         if table is None:
             raise PgoutputError(f"a row of table {oid}, which was not described")
         if not self._is_wanted(table.name):
-            transaction.unwanted.add(table.name)
+            transaction.unwanted.add(self.names.get(oid, table.name))
             return None
         if transaction.bulk:
             transaction.tables[table.name] = None

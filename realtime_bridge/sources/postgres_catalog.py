@@ -340,6 +340,7 @@ _MOMENT: Final = """
                 FROM unnest($3::text[]) AS wanted(name)
                 JOIN pg_namespace n ON n.nspname = split_part(wanted.name, '.', 1)
                 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(wanted.name, '.', 2)
+                    AND c.relpersistence = 'p'
                 JOIN pg_publication p ON p.pubname = $2 AND pubinsert AND pubupdate AND pubdelete AND pubtruncate
                 CROSS JOIN LATERAL (
                     SELECT p.xmin WHERE p.puballtables

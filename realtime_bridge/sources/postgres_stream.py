@@ -112,6 +112,7 @@ class PostgresStream:
         self._covered = frozenset[NamedTable]() if start.known is None else start.known.tables
         self._doubt: _Doubt | None = None
         self._proof: _Proof | None = None
+        self._refusal: SourceError | None = None
         now = asyncio.get_running_loop().time()
         self._duties_at = now
         self._verify_at = now + _VERIFY_SECONDS
@@ -123,6 +124,8 @@ class PostgresStream:
         return self
 
     async def __anext__(self) -> SourceBatch:
+        if self._refusal is not None:
+            raise self._refusal
         with translated():
             return await self._next()
 
@@ -151,7 +154,7 @@ class PostgresStream:
                     continue
             if now >= self._duties_at:
                 await self._do_duties(now)
-            if now >= deadline or self._is_proven():
+            if now >= deadline or self._refusal is not None or self._is_proven():
                 return self._batch()
             if more:
                 await asyncio.sleep(0)
@@ -208,6 +211,7 @@ class PostgresStream:
             published = self._published = max(moment.published.values(), default=0)
             self._covered = frozenset(moment.published)
         self._covered = self._covered.intersection(moment.published)
+        self._assembler.names = {table.oid: table.name for table in moment.published}
         doubtful = frozenset(
             table for table, since in moment.published.items() if since > published or table not in self._covered
         )
@@ -331,10 +335,15 @@ class PostgresStream:
             await self._refuse_to_be_waited_for()
         if now >= self._verify_at:
             self._verify_at = now + _VERIFY_SECONDS
-            try:
-                await self._verify()
-            except ConfigurationError as error:
-                raise SourceError(str(error)) from error
+            await self._verify_publication()
+
+    async def _verify_publication(self) -> None:
+        """Refuse to go on if it lacks something, but not before a watermark says so: what is back then is doubted."""
+        try:
+            await self._verify()
+        except ConfigurationError as error:
+            self._refusal = SourceError(str(error))
+            await self._look_around()
 
     async def _refuse_to_be_waited_for(self) -> None:
         if await self._primary.is_synchronous_standby(self._replication.pid):

@@ -611,6 +611,47 @@ async def test_after_a_version_that_did_not_note_its_tables_each_is_a_gap_once(d
         assert await read_until_idle(stream) == [GAP_OF_POSTS]
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["in several transactions", "in one"])
+async def test_rows_of_a_table_that_goes_by_another_name_for_a_moment_are_told(db: Database, apart: bool) -> None:
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.post("first")
+        await read_until_idle(stream)
+        meanwhile = [
+            "ALTER TABLE posts RENAME TO former",
+            "UPDATE former SET title = 'changed'",
+            "ALTER TABLE former RENAME TO posts",
+        ]
+        await db.run(*(meanwhile if apart else ["; ".join(meanwhile)]))
+        found = await read_until_idle(stream)
+    assert [(getattr(body, "kind", "change"), getattr(body, "reason", None)) for body in found] == [
+        ("catalog", None),
+        ("resync", "bulk"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("away", "back"),
+    [
+        ("ALTER TABLE posts RENAME TO former", "ALTER TABLE former RENAME TO posts"),
+        ("CREATE SCHEMA other; ALTER TABLE posts SET SCHEMA other", "ALTER TABLE other.posts SET SCHEMA public"),
+        ("ALTER TABLE posts SET UNLOGGED", "ALTER TABLE posts SET LOGGED"),
+    ],
+    ids=["renamed", "in another schema", "unlogged"],
+)
+async def test_a_table_that_was_seen_to_be_away_is_a_gap_when_it_is_back(db: Database, away: str, back: str) -> None:
+    await db.run(f"DROP PUBLICATION {PUBLICATION}", f"CREATE PUBLICATION {PUBLICATION} FOR TABLES IN SCHEMA public")
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.post("first")
+        await read_until_idle(stream)
+        await db.run(away)
+        seen: list[SourceBatch] = []
+        with pytest.raises(SourceError, match=f"{PUBLICATION}|no table"):
+            await batches(stream, lambda found: seen.extend(found[-1:]))
+    await db.run(back)
+    async with db.source().open(seen[-1].watermark, owner="ns/1") as stream:
+        assert await read_until_idle(stream) == [GAP_OF_POSTS]
+
+
 async def test_rows_that_a_filter_kept_back_are_a_gap_once_it_is_gone(db: Database) -> None:
     async with db.source().open(None, owner="ns/1") as stream:
         await db.post("all see it")

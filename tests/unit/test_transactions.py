@@ -117,6 +117,16 @@ def test_a_table_that_is_renamed_away_is_not_read_any_more() -> None:
     assert told(built(one([DESCRIPTIONS[0], insert("1"), renamed, insert("2")]))) == ["catalog", "INSERT 1"]
 
 
+def test_a_table_that_is_renamed_away_and_back_has_changed_all_the_same() -> None:
+    renamed = (begin(100), relation(POSTS, "former"), insert("1"), DESCRIPTIONS[0], insert("2"), commit(100))
+    assembler = assembled(renamed)
+    assert not assembler.take().bulk, "as long as nobody knows whose rows those are"
+    assembler.names = {POSTS: "public.posts"}
+    for message in renamed:
+        assembler.feed(message)
+    assert told(built(assembler.take())) == ["bulk"]
+
+
 def test_too_many_rows_become_one_resync_a_table() -> None:
     transaction = one([DESCRIPTIONS[0], *(insert(str(i)) for i in range(4))], rows=3)
     assert not transaction.rows
