@@ -61,9 +61,9 @@ class Moment(NamedTuple):
     """The primary at one moment.
 
     Attributes:
-        time: seconds since 1970, by the primary's clock, read before everything else.
+        time: seconds since 1970, by the primary's clock, read before `written`.
         written: the LSN where the WAL written by then ends. A stream that has reached it has all that was committed.
-        snapshot: what is visible, read last.
+        snapshot: what is visible. It is the statement's, and so older than the two: what it shows was written by then.
         rights: differs from an earlier one if what the snapshot shows of policies, grants and roles does.
         published: the transaction (64 bits) that has last put each table into the publication, or changed what of it is
             published. Tables that are not published, or only in part of their rows, are left out.
@@ -188,7 +188,11 @@ class Primary:
         return f'DATABASE_URL: role {role} may not replicate; run `ALTER ROLE "{role}" REPLICATION` as a superuser'
 
     async def moment(self, publication: str, tables: Sequence[str], followed: Sequence[str]) -> Moment:
-        """Read clock, WAL and snapshot, in this order, the rights on the tables, and which `followed` are published."""
+        """Take a snapshot, then read clock and WAL; and by it the rights on tables, and which `followed` are published.
+
+        The order holds up what is concluded: a transaction that the snapshot shows as ended lies before `written`, and
+        whatever was committed before `time` does, too.
+        """
         if self._moment is None:  # not earlier: behind a pooler there is nothing to prepare on
             self._moment = await self.connection.prepare(_MOMENT)
         row = await self._moment.fetchrow(tables, publication, followed)

@@ -208,7 +208,8 @@ class PostgresStream:
         moment = await self._ask()
         published = self._published
         if published is None:
-            published = self._published = max(moment.published.values(), default=0)
+            # Whatever began before the newest of them may have been written while something was not published.
+            published = self._published = min(max(moment.published.values(), default=0), moment.snapshot.xmin - 1)
             self._covered = frozenset(moment.published)
         self._covered = self._covered.intersection(moment.published)
         self._assembler.names = {table.oid: table.name for table in moment.published}

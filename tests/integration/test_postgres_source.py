@@ -652,6 +652,21 @@ async def test_a_table_that_was_seen_to_be_away_is_a_gap_when_it_is_back(db: Dat
         assert await read_until_idle(stream) == [GAP_OF_POSTS]
 
 
+async def test_what_began_before_a_table_was_published_is_a_gap_of_a_first_start(db: Database) -> None:
+    async with db.source().open(None, owner="ns/1"):
+        pass
+    await eventually(lambda: idle(db))
+    await db.run(f"ALTER PUBLICATION {PUBLICATION} DROP TABLE posts")
+    writing = await asyncpg.connect(db.dsn)
+    await writing.execute(f"BEGIN; INSERT INTO posts (user_id, title) VALUES ('{USER}', 'kept back')")
+    await db.publish(POSTS)
+    async with db.source().open(None, owner="ns/1") as stream:
+        await anext(stream)
+        await writing.execute("COMMIT")
+        assert await read_until_idle(stream) == [GAP_OF_POSTS]
+    await writing.close()
+
+
 async def test_rows_that_a_filter_kept_back_are_a_gap_once_it_is_gone(db: Database) -> None:
     async with db.source().open(None, owner="ns/1") as stream:
         await db.post("all see it")
