@@ -126,7 +126,7 @@ class PostgresSource:
             )
 
     def _refuse_foreign_slot(self, state: SlotState) -> None:
-        if state.plugin != "pgoutput" or state.other_database is not None or state.temporary:
+        if state.is_foreign:
             raise ConfigurationError(
                 f"BRIDGE_SLOT: the replication slot {self._slot} is not the bridge's own (plugin "
                 f"{state.plugin or 'none'}, database {state.other_database or 'this one'}); choose another name"

@@ -87,6 +87,11 @@ class SlotState(NamedTuple):
     active_pid: int | None
     holder: str | None
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the bridge would never have made it so: somebody else needs it."""
+        return self.plugin != "pgoutput" or self.other_database is not None or self.temporary
+
 
 @dataclass(frozen=True, slots=True)
 class SlotStatus:

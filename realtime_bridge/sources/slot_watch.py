@@ -66,9 +66,9 @@ class SlotWatch:
         self._is_warned = is_much
 
     async def _give_up(self, primary: Primary) -> bool:
-        """Drop the slot, ending its reader first; returns whether it is gone by this."""
+        """Drop the slot, ending its reader first; returns whether it is gone by this. Somebody else's is left alone."""
         state = await primary.slot(self._slot)
-        if state is None:
+        if state is None or state.is_foreign:
             return False
         if state.active_pid is not None:
             if not (state.holder or "").startswith(f"{self._namespace}/"):
