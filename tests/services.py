@@ -25,6 +25,8 @@ T = TypeVar("T")
 S = TypeVar("S", bound=EmbeddedServer)
 
 SECRET = "a-secret-for-tests-only-of-more-than-32-bytes"
+OTHER_POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+"""Besides the one that comes with the suite."""
 _numbers = itertools.count(1)
 
 

@@ -30,7 +30,7 @@ from realtime_bridge.sources.postgres_catalog import (
 )
 from realtime_bridge.sources.postgres_stream import PostgresStream, Start
 from realtime_bridge.sources.publication import ensure_publication, publication_repairs
-from realtime_bridge.sources.replication import Replication, System, connect, reason_of
+from realtime_bridge.sources.replication import Replication, System, UnpublishedError, connect, reason_of
 from realtime_bridge.sources.transactions import Place, Watermark, lsn_text
 
 __all__ = ["PostgresSource", "SlotStatus", "ensure_publication", "slot_status"]
@@ -111,7 +111,11 @@ class PostgresSource:
                 )
                 ask = partial(self._ask, primary)
                 verify = partial(self._refuse_unpublished, primary)
-                yield PostgresStream(primary, replication, assembler, start, self._tables, ask, verify)
+                try:
+                    yield PostgresStream(primary, replication, assembler, start, self._tables, ask, verify)
+                except UnpublishedError:
+                    await self._give_up_unpublished(primary, replication)
+                    raise
 
     async def _ask(self, primary: Primary) -> Moment:
         followed = {*self._tables, *self._references()}
@@ -144,6 +148,14 @@ class PostgresSource:
         await primary.create_slot(self._slot)
         logger.info("replication slot created", extra={"slot": self._slot})
         return True
+
+    async def _give_up_unpublished(self, primary: Primary, replication: Replication) -> None:
+        """Drop the slot, whose next change nobody can read: the next reader begins behind it and tells of the gap."""
+        with translated():
+            await self._refuse_unpublished(primary)  # without it, a new slot would come to the same
+            await primary.terminate(replication.pid)
+            await primary.drop_slot(self._slot)
+        logger.warning("replication slot given up: the publication was made anew", extra={"slot": self._slot})
 
     @asynccontextmanager
     async def _replicating(self, primary: Primary, name: str) -> AsyncIterator[tuple[Replication, System]]:

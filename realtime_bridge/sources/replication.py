@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
 from realtime_bridge.database import PINNED
@@ -63,6 +64,10 @@ class System(NamedTuple):
     id: str
     timeline: int
     flushed: int
+
+
+class UnpublishedError(SourceError):
+    """What comes next was written while there was no such publication; until Postgres 17 nobody can read past it."""
 
 
 class Replication:
@@ -117,10 +122,13 @@ class Replication:
         """The next frame if it is here already; never waits.
 
         Raises:
+            UnpublishedError: the stream has ended, and from the same place it would end again.
             SourceError: the stream has ended, or has been silent for too long.
         """
         try:
             data = self._read() or self._read_more()
+        except psycopg.errors.UndefinedObject as error:
+            raise UnpublishedError(f"Postgres cannot decode what comes next: {reason_of(error)}") from error
         except psycopg.Error as error:
             raise SourceError(f"the replication connection was lost: {reason_of(error)}") from error
         if not data:
@@ -177,7 +185,7 @@ class Replication:
     def _read(self) -> memoryview | None:
         length, data = self._pgconn.get_copy_data(1)
         if length < 0:
-            raise psycopg.OperationalError(self._ending())
+            raise self._ending()
         return data if length else None
 
     def _read_more(self) -> memoryview | None:
@@ -187,13 +195,13 @@ class Replication:
             self._pgconn.consume_input()
         return self._read()
 
-    def _ending(self) -> str:
+    def _ending(self) -> psycopg.Error:
         """Why the server ended the stream."""
         if not self._pgconn.is_busy():
             result = self._pgconn.get_result()
             if result is not None and result.status == ExecStatus.FATAL_ERROR:
-                return result.get_error_message()
-        return "Postgres ended the stream"
+                return error_from_result(result)
+        return psycopg.OperationalError("Postgres ended the stream")
 
     def _frame(self, data: memoryview) -> Frame:
         if data[0] == _XLOG_DATA and len(data) >= _HEADER_BYTES:

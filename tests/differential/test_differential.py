@@ -13,13 +13,11 @@ import pytest
 from realtime_bridge.dev.engines import EmbeddedPostgres
 from realtime_bridge.dev.schema import install_schema
 from tests.differential.comparison import REFUSED, Tally, compare_all
-from tests.services import running
+from tests.services import OTHER_POSTGRES, running
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(180)]
 
 SEED = int(os.environ.get("DIFFERENTIAL_SEED") or random.randrange(2**32))
-INSTALLED = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-
 
 Record = Callable[[str, object], None]
 """Pytest's `record_property`: the closing lines show what is recorded here (conftest.py)."""
@@ -39,7 +37,7 @@ async def test_the_engine_shows_exactly_what_postgres_shows(
     judge(await compare_all(database, namespace.replace("-", "_"), SEED), record_property)
 
 
-@pytest.mark.parametrize("bin_dir", INSTALLED, ids=lambda bin_dir: bin_dir.parent.name)
+@pytest.mark.parametrize("bin_dir", OTHER_POSTGRES, ids=lambda bin_dir: bin_dir.parent.name)
 async def test_the_engine_shows_what_other_postgres_show(bin_dir: Path, record_property: Record) -> None:
     with running(EmbeddedPostgres(bin_dir=bin_dir)) as server:
         await install_schema(server.dsn())

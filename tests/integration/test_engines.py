@@ -22,12 +22,12 @@ from realtime_bridge.dev.guard import inhabitants
 from realtime_bridge.dev.processes import NOBODY, ServerDiedError, readable_by_others
 from realtime_bridge.dev.schema import install_schema
 from realtime_bridge.errors import ConfigurationError
-from tests.services import PgBouncer, drop_database, eventually, running
+from tests.services import OTHER_POSTGRES, PgBouncer, drop_database, eventually, running
 
 pytestmark = pytest.mark.integration
 
 ANN, BEN = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"
-INSTALLED = [None, *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
+INSTALLED = [None, *OTHER_POSTGRES]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become someone else")
 
 

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -12,11 +13,13 @@ import pytest
 
 from realtime_bridge.change import ABSENT, Body, Change, Control
 from realtime_bridge.dev.engines import EmbeddedPostgres
-from realtime_bridge.errors import ConfigurationError, SourceError
+from realtime_bridge.dev.schema import install_schema
+from realtime_bridge.errors import BridgeError, ConfigurationError, SourceError
 from realtime_bridge.sources.base import SourceBatch
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication, slot_status
 from realtime_bridge.sources.postgres_stream import PostgresStream
-from tests.services import PgBouncer, eventually, running
+from realtime_bridge.sources.replication import UnpublishedError
+from tests.services import OTHER_POSTGRES, PgBouncer, eventually, running
 
 pytestmark = pytest.mark.integration
 
@@ -447,6 +450,43 @@ async def test_a_lost_slot_is_replaced_and_is_a_gap(namespace: str) -> None:
                 assert (await slot_status(db.dsn, db.slot)).wal_status == "reserved"
         finally:
             await connection.close()
+
+
+@pytest.mark.parametrize("bin_dir", [None, *OTHER_POSTGRES], ids=str)
+async def test_what_was_written_without_a_publication_is_a_gap_once_there_is_one_again(
+    bin_dir: Path | None, namespace: str
+) -> None:
+    with running(EmbeddedPostgres(bin_dir=bin_dir)) as server:
+        await install_schema(server.dsn())
+        async with opened(server.dsn(), namespace) as db:
+            seen: list[SourceBatch] = []
+            with pytest.raises(BridgeError, match="CREATE PUBLICATION"):
+                await drop_the_publication_of(db, seen)
+            assert (await slot_status(db.dsn, db.slot)).exists
+            await db.publish(POSTS)
+            is_new = db.connection.get_server_version().major >= 18
+            with contextlib.nullcontext() if is_new else pytest.raises(UnpublishedError):
+                async with db.source().open(seen[-1].watermark, owner="ns/2") as stream:
+                    await gap(stream)
+            async with db.source().open(seen[-1].watermark, owner="ns/3") as stream:
+                assert await gap(stream) == (GAP_OF_POSTS if is_new else GAP)
+                await db.post("told")
+                assert titles(await read(stream, 1)) == ["told"]
+
+
+async def drop_the_publication_of(db: Database, seen: list[SourceBatch]) -> None:
+    """Read until that is noticed, with something written meanwhile."""
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.run(f"DROP PUBLICATION {PUBLICATION}")
+        await db.post("missed")
+        await batches(stream, lambda found: seen.extend(found[-1:]))
+
+
+async def gap(stream: PostgresStream) -> Body:
+    """The first thing that is told, which nothing is proven before."""
+    found = await batches(stream, bodies)
+    assert not any(batch.proven_until for batch in found)
+    return bodies(found)[0]
 
 
 async def idle(db: Database) -> bool:
