@@ -233,7 +233,8 @@ class Primary:
             key = ()  # a part of it is not published
         full = message.identity == "f" and (catalog is None or catalog["leaves_full"])
         relation = Relation(message.schema, message.table, columns, key, full)
-        return Described(message, relation, full or (bool(key) and names <= identity))
+        leaves_identify = catalog is None or catalog["leaves_identify"]
+        return Described(message, relation, full or (bool(key) and names <= identity and leaves_identify))
 
     async def slot(self, name: str) -> SlotState | None:
         """The slot as it stands, or None."""
@@ -399,18 +400,25 @@ TYPES: Final = """
     WHERE t.typtype <> 'd' AND coalesce(base.typarray, 0) = 0
 """
 
-# A partition keeps its own replica identity: unless all are FULL, an old row is not whole.
+# A partition keeps its own replica identity: unless all are FULL, an old row is not whole, and one with an index other
+# than the primary key's sends no key.
 _TABLE: Final = """
     SELECT ARRAY(
                SELECT a.attname::text FROM pg_index i
                JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
                WHERE i.indrelid = c.oid AND i.indisprimary
            ) AS key,
-           c.relkind <> 'p' OR NOT EXISTS (
-               SELECT FROM pg_partition_tree(c.oid) leaf JOIN pg_class l ON l.oid = leaf.relid
-               WHERE leaf.isleaf AND l.relreplident <> 'f'
-           ) AS leaves_full
-    FROM pg_class c WHERE c.oid = $1
+           leaves.are_full AS leaves_full, leaves.identify AS leaves_identify
+    FROM pg_class c
+    CROSS JOIN LATERAL (
+        SELECT coalesce(bool_and(l.relreplident = 'f'), true) AS are_full,
+               coalesce(bool_and(l.relreplident IN ('d', 'f') OR EXISTS (
+                   SELECT FROM pg_index i WHERE i.indrelid = l.oid AND i.indisreplident AND i.indisprimary
+               )), true) AS identify
+        FROM pg_partition_tree(c.oid) leaf JOIN pg_class l ON l.oid = leaf.relid
+        WHERE c.relkind = 'p' AND leaf.isleaf
+    ) AS leaves
+    WHERE c.oid = $1
 """
 
 _SLOT: Final = """

@@ -240,6 +240,25 @@ async def test_partitions_speak_in_the_name_of_their_table_and_full_only_if_all_
     assert whole.old == ("1", "x")
 
 
+async def test_a_partition_that_sends_no_key_makes_updates_doubtful(db: Database) -> None:
+    await db.run(
+        "CREATE TABLE logs (id int PRIMARY KEY, code int NOT NULL) PARTITION BY RANGE (id)",
+        "CREATE TABLE logs_1 PARTITION OF logs FOR VALUES FROM (0) TO (10)",
+        "CREATE UNIQUE INDEX code ON logs_1 (code)",
+    )
+    await db.publish("public.logs")
+    told = []
+    async with db.source("public.logs").open(None, owner="ns/1") as stream:
+        for index in ("logs_1_pkey", "code", "logs_1_pkey"):
+            await db.run(f"ALTER TABLE logs_1 REPLICA IDENTITY USING INDEX {index}")
+            await db.run("INSERT INTO logs VALUES (1, 10)", "UPDATE logs SET id = 2", "DELETE FROM logs")
+            found = await read_until_idle(stream)
+            words = (body.reason if isinstance(body, Control) else body.operation for body in found)
+            told.append([word for word in words if word is not None])
+    whole = ["INSERT", "UPDATE", "DELETE"]
+    assert told == [whole, ["INSERT", "upstream_gap", "upstream_gap"], whole]
+
+
 async def test_domains_and_look_alikes_get_the_type_by_which_they_are_written(db: Database) -> None:
     await db.run(
         "CREATE DOMAIN small AS int CHECK (VALUE < 100)",
