@@ -98,6 +98,7 @@ class PostgresSource:
             async with self._replicating(primary, owner) as (replication, system):
                 with translated():
                     start = await self._start(primary, replication, system, after, owner)
+                    await self._refuse_two_servers(primary, replication)
                 if after is not None and (created or start.gap):
                     start = start._replace(gap=True)
                     logger.warning("replication does not continue the history", extra={"slot": self._slot})
@@ -232,6 +233,15 @@ class PostgresSource:
                 f"`SELECT pg_drop_replication_slot('{self._slot}')`: the bridge makes a new one and tells its readers"
             ) from error
         return True
+
+    async def _refuse_two_servers(self, primary: Primary, replication: Replication) -> None:
+        """A name can move between the two connections, and what one server says proves nothing about another."""
+        state = await primary.slot(self._slot)
+        if state is None or state.active_pid != replication.pid:
+            raise SourceError(
+                f"what reads the replication slot {self._slot} is not known where it was asked for: DATABASE_URL leads "
+                "to two servers, or through a pooler"
+            )
 
     async def _evict(self, primary: Primary, state: SlotState, owner: str) -> None:
         """End a frozen former leader of the same namespace, and nobody else."""

@@ -19,6 +19,7 @@ from realtime_bridge.sources.base import SourceBatch
 from realtime_bridge.sources.postgres import PostgresSource, ensure_publication, slot_status
 from realtime_bridge.sources.postgres_stream import PostgresStream
 from realtime_bridge.sources.replication import UnpublishedError
+from tests.proxies import Proxy
 from tests.services import OTHER_POSTGRES, PgBouncer, eventually, running
 
 pytestmark = pytest.mark.integration
@@ -783,6 +784,32 @@ async def test_a_pooler_is_refused_with_the_advice_to_connect_directly(db: Datab
         source = PostgresSource(pooler.dsn, slot=db.slot, publication=PUBLICATION, tables=[POSTS])
         with pytest.raises((ConfigurationError, SourceError), match="pooler"):
             await source.check()
+
+
+class Moving(Proxy):
+    """A name that leads each connection to the next one of some servers."""
+
+    def __init__(self, *ports: int) -> None:
+        super().__init__()
+        self._ports = iter(ports)
+
+    def begin(self, link: Any) -> None:
+        self.upstream = next(self._ports)
+        super().begin(link)
+
+
+async def test_a_name_that_moves_between_two_servers_while_it_is_read_is_refused(namespace: str) -> None:
+    with running(EmbeddedPostgres()) as old, running(EmbeddedPostgres()) as new:
+        for server in (old, new):
+            await install_schema(server.dsn())
+            async with opened(server.dsn(), namespace) as db, db.source().open(None, owner="ns/1"):
+                pass
+        async with Moving(old.port, new.port) as proxy:
+            dsn = f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres?sslmode=disable"
+            moved = Database(dsn, namespace.replace("-", "_"), None)
+            with pytest.raises(SourceError, match="two servers"):
+                async with moved.source().open(None, owner="ns/2"):
+                    pass
 
 
 async def test_a_server_without_logical_replication_is_refused_with_the_sql_that_mends_it() -> None:
