@@ -174,7 +174,7 @@ class BodyBuilder:
             name = table.relation.name
             if isinstance(row.message, Truncate):
                 bodies.append(self._control(transaction, row.ordinal - 1, name, "truncated"))
-            elif isinstance(row.message, Insert) or table.identifies:
+            elif isinstance(row.message, Insert) or (table.identifies and _has_key(row.message.old, table.relation)):
                 bodies.append(_change(transaction, row, row.message, table.relation))
             elif name not in doubtful:
                 doubtful.add(name)
@@ -223,6 +223,11 @@ def _change(transaction: Transaction, row: Row, message: Insert | Update | Delet
         new = message.new if old is None else filled(message.new, old)
         change = Change("UPDATE", relation, old, new, time, where)
     return Placed(change, Place(transaction.commit_lsn, row.ordinal), row.size)
+
+
+def _has_key(old: Image | None, relation: Relation) -> bool:
+    """Not so in what a partition has sent whose own identity was another one when the row was written."""
+    return old is None or all(old[i] is not None for i in relation.key)
 
 
 def _old_image(relation: Relation, old: Image) -> Image:

@@ -260,6 +260,23 @@ async def test_a_partition_that_sends_no_key_makes_updates_doubtful(db: Database
     assert told == [whole, ["INSERT", "upstream_gap", "upstream_gap"], whole]
 
 
+async def test_a_deletion_that_came_without_a_key_is_a_gap_whatever_the_identity_is_by_now(db: Database) -> None:
+    await db.run(
+        "CREATE TABLE logs (id int PRIMARY KEY, code int NOT NULL) PARTITION BY RANGE (id)",
+        "CREATE TABLE logs_1 PARTITION OF logs FOR VALUES FROM (0) TO (10)",
+        "CREATE UNIQUE INDEX code ON logs_1 (code)",
+        "ALTER TABLE logs_1 REPLICA IDENTITY USING INDEX code",
+    )
+    await db.publish("public.logs")
+    async with db.source("public.logs").open(None, owner="ns/1") as stream:
+        watermark = (await anext(stream)).watermark
+    await eventually(lambda: idle(db))
+    await db.run("INSERT INTO logs VALUES (1, 10)", "DELETE FROM logs", "ALTER TABLE logs_1 REPLICA IDENTITY DEFAULT")
+    async with db.source("public.logs").open(watermark, owner="ns/1") as stream:
+        found = await read_until_idle(stream)
+    assert [getattr(body, "reason", "change") for body in found] == [None, "change", "upstream_gap"]
+
+
 async def test_domains_and_look_alikes_get_the_type_by_which_they_are_written(db: Database) -> None:
     await db.run(
         "CREATE DOMAIN small AS int CHECK (VALUE < 100)",
