@@ -119,7 +119,7 @@ class Ingest:
 
     async def _lead(self) -> None:
         token = await self._broker.acquire_lease(ttl=self._ttl)
-        rows = RowIndex(self._broker, self._tables, self.state.rows)
+        rows = RowIndex(self._broker, self._tables, self.state.rows, is_lossy=self._source.is_lossy)
         seeder = Seeder(self._broker, self._reader, rows, self._tables, self.state.rows, token)
         repairer = Repairer(self._broker, self._reader, rows, self._limits, self.state.repair, token)
         teller = RightsTeller(self._broker, self._rights, rows, self.state.rights, token)

@@ -4,7 +4,8 @@ The row index holds what was told of each row, the table shows what there is. Wh
 alone, is told as changes that are marked repaired; they are completed as all others are, so that a row that has left or
 ended meanwhile is told to exactly those who saw it. Nothing depends on a clock of the database or on how long a
 transaction took to commit: a row is compared with its like, not with a time. Texts that are too long for the index are
-told apart by the repair column alone; a table without it, like all that cannot be proven, is told as one `resync`.
+told apart by the repair column alone, and not at all where the last change of the row did not bring them: then the row
+is told again; a table without the column, like all that cannot be proven, is told as one `resync`.
 
 The order. Live changes are never held up. Behind the doubt the source misses nothing (else it doubts again, and the
 reading counts for nothing), so a row of which a live change has told since is brought to what there is by the live
@@ -37,7 +38,7 @@ from realtime_bridge.canonical import family
 from realtime_bridge.change import ABSENT, Body, Change, Control, Image, Operation, Relation, Value
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError
 from realtime_bridge.policy.ordering import OrderKey, is_ordered, order_key
-from realtime_bridge.rows import Note, RowIndex, decode_row, field_of, is_left_out
+from realtime_bridge.rows import Note, RowIndex, decode_row, field_of, is_incomplete, is_left_out
 from realtime_bridge.sources.base import TableReader
 
 logger = logging.getLogger(__name__)
@@ -356,7 +357,7 @@ class Repairer:
 
     def _differs(self, relation: Relation, text: bytes, row: Image) -> bool:
         told = decode_row(text)
-        return told is None or differs(relation, self._limits.column, told, row)
+        return told is None or is_incomplete(text) or differs(relation, self._limits.column, told, row)
 
     def _order(self, relation: Relation, row: Image | None) -> OrderKey:
         return () if row is None else _version(relation, self._limits.column, row)

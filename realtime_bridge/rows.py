@@ -5,9 +5,10 @@ was before. What has not changed for long is read from the tables (`seeding`). A
 that is still on its way: it counts as the old row of changes only that were committed after it was read. What is not
 known stays as the source brought it, and downstream nobody is shown what could not be decided.
 
-Of a table in repair (`repair`) changes may be missing, and the old row that a change brings need not be the one that
-was told last. What was told is in the index: that counts as the old row, and a row that is not there is one that nobody
-was told of.
+Of a source that may lose changes unheard, the old row that a change brings need not be the one that was told last. What
+was told is in the index: that counts as the old row, and a row in whose place another one comes is told as deleted. A
+row that was brought incomplete is marked, since a change of what it lacks may be among the lost ones. Of a table in
+repair (`repair`), a row that is not in the index is one that nobody was told of.
 
 The rows of a table are laid out as one relation says, which is noted beside them. Another relation, a gap in what the
 source tells: the table begins anew, in the same step, and is read again.
@@ -31,6 +32,8 @@ from realtime_bridge.sources.base import TEXT_BYTES
 
 _FORMAT: Final = 1
 """Of the texts in the row index: with another one a table begins anew."""
+_INCOMPLETE: Final = -1
+"""In place of the time of reading: a change brought the row, but not all of it."""
 
 Texts: TypeAlias = dict[str, bytes | None]
 """Field of a table in the row index → its text."""
@@ -90,8 +93,10 @@ def field_of(relation: Relation, row: Image) -> str | None:
     return None if ABSENT in key else orjson.dumps(key).decode()
 
 
-def encode_row(row: Image, read_at: int = 0) -> bytes:
-    """A row's text in the index; `read_at` as in `Page`, 0 for one that a change brought."""
+def encode_row(row: Image, read_at: int | None = None) -> bytes:
+    """A row's text in the index; `read_at` as in `Page`, None for one that a change brought."""
+    if read_at is None:
+        read_at = _INCOMPLETE if ABSENT in row else 0
     return orjson.dumps([read_at, *(False if is_left_out(value) else value for value in row)])
 
 
@@ -99,6 +104,11 @@ def decode_row(text: bytes, before: float = math.inf) -> Image | None:
     """The row as it was right before a change of that commit time; None if the change may be in it already."""
     read_at, *row = orjson.loads(text)
     return tuple(ABSENT if value is False else value for value in row) if read_at < before else None
+
+
+def is_incomplete(text: bytes) -> bool:
+    """Whether a change brought not all of that row: what it lacked may have changed before, unheard."""
+    return text.startswith(b"[%d," % _INCOMPLETE)
 
 
 def is_left_out(value: Value) -> bool:
@@ -113,6 +123,7 @@ class RowIndex:
 
     Args:
         tables: `schema.table` each; what is not among them is left as the source brings it.
+        is_lossy: as of the source: what was told counts for more than what the source says of it.
 
     Attributes:
         tables: as given.
@@ -125,7 +136,7 @@ class RowIndex:
             set there, and so does the loss of the table's rows.
     """
 
-    def __init__(self, broker: Broker, tables: Sequence[str], state: IndexState) -> None:
+    def __init__(self, broker: Broker, tables: Sequence[str], state: IndexState, *, is_lossy: bool = False) -> None:
         self.turn = asyncio.Lock()
         self.begun = asyncio.Event()
         self.doubted = asyncio.Event()
@@ -135,11 +146,13 @@ class RowIndex:
         self.tables = tables
         self._broker = broker
         self._state = state
+        self._is_lossy = is_lossy
 
     async def complete(self, bodies: Sequence[Body]) -> tuple[list[Body], list[RowChange]]:
         """The bodies with the old rows that are known, and what their append changes in the index.
 
         Of a table in repair the end of a row that nobody was told of is left out, and a change of a key is two changes.
+        Of a lossy source the end of a row whose place another one takes is put in.
 
         Raises:
             BrokerError: the index cannot be read.
@@ -154,7 +167,8 @@ class RowIndex:
                 wanted |= {table: wanted.get(table, {NOTE}) for table in self._concerned(body)}
             elif self._keeps(body.relation):
                 fields = wanted.setdefault(body.relation.name, {NOTE})
-                rows = (_before(body), body.new if body.relation.name in self.touched else None)
+                is_new_asked = self._is_lossy or body.relation.name in self.touched
+                rows = (_before(body), body.new if is_new_asked else None)
                 fields |= {field for row in rows if row is not None and (field := field_of(body.relation, row))}
         return wanted
 
@@ -211,22 +225,30 @@ class RowIndex:
             return self._retold(change, leaving, coming, draft)
         old = None if before is None or leaving is None else self._old(change, before, leaving, draft)
         new = new if new is None or old is None else filled(new, old)
+        replaced = self._replaced(change, coming, draft) if coming != leaving else []
         if leaving is not None and leaving != coming:
             draft.put(relation.name, leaving, None)
         if coming is not None and new is not None:
             draft.put(relation.name, coming, encode_row(new))
-        return [replace(change, old=old, new=new)]
+        return [*replaced, replace(change, old=old, new=new)]
+
+    def _replaced(self, change: Change, coming: str | None, draft: "_Draft") -> list[Change]:
+        """The end of the row in whose place another one comes, which was lost."""
+        text = draft.get(change.relation.name, coming) if self._is_lossy and coming is not None else None
+        row = None if text is None else decode_row(text, change.commit_time)
+        return [] if row is None else [replace(change, operation="DELETE", old=row, new=None)]
 
     def _old(self, change: Change, before: Image, leaving: str, draft: "_Draft") -> Image | None:
         """The old row as far as it is known; what the source brought of it, if nothing more is."""
-        if ABSENT not in before:
+        is_whole = ABSENT not in before
+        if is_whole and not self._is_lossy:
             return before
         text = draft.get(change.relation.name, leaving)
         row = None if text is None else decode_row(text, change.commit_time)
         if row is None:
-            self._state.unknown += 1
-            return change.old
-        return filled(before, row)
+            self._state.unknown += not is_whole
+            return before if is_whole else change.old
+        return filled(row, before) if self._is_lossy else filled(before, row)
 
     def _retold(self, change: Change, leaving: str | None, coming: str | None, draft: "_Draft") -> list[Change]:
         """A change of a table in repair, as it looks to those who were told what is in the index."""

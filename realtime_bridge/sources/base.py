@@ -61,9 +61,14 @@ class SourceStream(Protocol):
 
 
 class Source(Protocol):
-    """Where changes come from."""
+    """Where changes come from.
+
+    Attributes:
+        is_lossy: changes may be lost, and those behind them told before that is noticed.
+    """
 
     name: str
+    is_lossy: bool
 
     def open(self, after: str | None, *, owner: str) -> AbstractAsyncContextManager[SourceStream]:
         """Begin to read.

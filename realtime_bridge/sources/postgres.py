@@ -54,6 +54,7 @@ class PostgresSource:
     """
 
     name = "postgres"
+    is_lossy = False
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class SupabaseSource:
     """
 
     name = "supabase"
+    is_lossy = True
 
     def __init__(
         self, url: str, key: str, *, tables: Sequence[str], keys: Keys | None = None, canary: Canary | None = None

@@ -24,6 +24,7 @@ class FailingSource:
     """A source that cannot be opened."""
 
     name = "failing"
+    is_lossy = False
 
     def __init__(self, error: BridgeError) -> None:
         self._error = error

@@ -65,6 +65,7 @@ class Script:
     """A source that tells what a test lets it tell."""
 
     name = "script"
+    is_lossy = True
 
     def __init__(self) -> None:
         self.batches: asyncio.Queue[SourceBatch] = asyncio.Queue()
@@ -313,6 +314,35 @@ async def test_a_change_that_brings_not_all_of_a_row_in_doubt_is_read_back_inste
         await scene.repaired()
         short = ("1", "ada", ABSENT, "1")
         assert told(await scene.behind(0)) == [("UPDATE", short, row(1, "bob", body=LONG + "y", at=2))]
+
+
+async def test_a_loss_is_not_hidden_by_what_is_told_of_its_row_before_the_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of each row one change is lost, which changes the owner, ends the row, or edits what the next does not bring."""
+    moved = Change("UPDATE", POSTS, key_only(5), row(4, "bob", at=3), 1)
+    edited = Change("UPDATE", POSTS, key_only(6), ("6", "bob", ABSENT, "3"), 1)
+    async with leading(monkeypatch, *map(row, range(1, 6)), row(6, body=LONG)) as scene:
+        scene.tables.content[T] = {}
+        scene.tables.put(row(1, "bob", "c", 3), row(3, "bob", at=3), row(4, "bob", at=3), row(6, "bob", LONG + "y", 3))
+        await scene.tell(
+            Change("UPDATE", POSTS, row(1, "bob", at=2), row(1, "bob", "c", 3), 10**9),
+            Change("DELETE", POSTS, row(2, "bob", at=2), None, 10**9),
+            *(replace(change, commit_time=10**9) for change in (insert(row(3, "bob", at=3)), moved, edited)),
+        )
+        assert [(body.operation, body.old, body.new) for body in await scene.history()] == [
+            ("UPDATE", row(1), row(1, "bob", "c", 3)),
+            ("DELETE", row(2), None),
+            ("DELETE", row(3), None),
+            ("INSERT", None, row(3, "bob", at=3)),
+            ("DELETE", row(4), None),
+            ("UPDATE", row(5), row(4, "bob", at=3)),
+            ("UPDATE", ("6", "ada", ABSENT, "1"), ("6", "bob", ABSENT, "3")),
+        ]
+        await scene.tell(doubts=[T])
+        await scene.repaired()
+        short = ("6", "bob", ABSENT, "3")
+        assert told(await scene.behind(7)) == [("UPDATE", short, row(6, "bob", LONG + "y", 3))]
 
 
 async def test_who_may_have_read_the_table_in_the_gap_is_told_to_read_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -635,10 +665,11 @@ def only(*names: str) -> st.SearchStrategy[list[tuple[str, int]]]:
 rounds = st.tuples(
     *(writes, deliveries, only("join", "prove")),
     *(st.just([("lose", 0)]), writes, deliveries, only("join"), writes, deliveries),
+    *(only("hear"), writes, deliveries, only("join")),
     *(st.just([("doubt", 0)]), only("wait", "doubt"), writes, deliveries, only("wait", "prove")),
     *(writes, deliveries, only("wait", "prove")),
 ).map(chain.from_iterable)
-"""Nothing in a round has to be, but a loss and a doubt behind it, in that order."""
+"""Nothing in a round has to be, but a loss and a doubt behind it, in that order; what is told between may be heard."""
 
 WHOLE, KEY, NOTHING = "whole", "key", "nothing"
 
@@ -676,7 +707,8 @@ class Reader:
         if change.new is None or form is Form.LEAVE:
             return True
         key, version = str(change.new[0]), int(str(change.new[3]))
-        assert version > self.newest.get(key, 0) or (is_sloppy and version == self.newest[key])
+        is_again = is_sloppy or change.repaired  # a row that was not brought whole before
+        assert version > self.newest.get(key, 0) or (is_again and version == self.newest[key])
         self.newest[key] = version
         pairs = zip(known or change.new, change.new, strict=True)
         self.copy[key] = tuple(one if other is ABSENT else other for one, other in pairs)
@@ -686,6 +718,8 @@ class Reader:
 class Lossy:
     """A table, and a source that is behind it and loses what it is to deliver while it is lossy.
 
+    A gap lasts from a loss to its doubt; the source may be heard again before that.
+
     Args:
         brings: how much of old rows the source brings.
     """
@@ -693,7 +727,7 @@ class Lossy:
     def __init__(self, scene: Scene, *, is_sloppy: bool, brings: str) -> None:
         self.scene = scene
         self.late: list[Change] = []
-        self.is_lossy = False
+        self.is_lossy = self.is_gap = False
         self.is_sloppy = is_sloppy
         self.brings = brings
         self.version = 1
@@ -713,13 +747,13 @@ class Lossy:
                 news, self.late = self.late[:argument], self.late[argument:]
                 if not self.is_lossy:
                     await self.scene.tell(*news)
-            case "lose":
-                self.is_lossy = True
+            case "lose" | "hear":
+                self.is_lossy, self.is_gap = name == "lose", True
             case "doubt":
-                self.is_lossy = False
+                self.is_lossy = self.is_gap = False
                 await self.scene.tell(doubts=[T])
             case "prove":
-                if not self.is_lossy and (self.is_sloppy or not self.late):
+                if not self.is_gap and (self.is_sloppy or not self.late):
                     await self.scene.prove()
             case "wait":
                 await settle()

@@ -194,6 +194,27 @@ async def test_what_the_source_brings_of_an_old_row_wins() -> None:
         assert term.state.unknown == 0
 
 
+async def test_what_was_told_of_an_old_row_wins_over_a_source_that_may_lose_changes() -> None:
+    async with leading() as term:
+        term.rows = RowIndex(term.broker, term.names, term.state, is_lossy=True)
+        await term.append(insert(row(1, "ada", LONG)))
+        assert await term.olds(update(row(1), old=row(1, "eve", LONG + "y"))) == [row(1, "ada", LONG + "y")]
+        unknown, known = update(row(2), old=row(2, "eve")), insert(row(1, "bob"))
+        assert await term.olds(unknown, known) == [row(2, "eve"), row(1), None]
+        assert term.state.unknown == 0
+
+
+async def test_a_row_that_may_have_been_read_behind_an_insert_is_not_ended_by_it() -> None:
+    async with leading() as term:
+        term.rows = RowIndex(term.broker, term.names, term.state, is_lossy=True)
+        term.tables.put(row(1))
+        term.tables.time = 5
+        await term.end()
+        await term.lead()
+        await term.seeded()
+        assert await term.append(insert(row(1), 5)) == [insert(row(1), 5)]
+
+
 async def test_long_texts_are_not_kept_but_a_key_is_known_however_long() -> None:
     exactly = "ü" * (TEXT_BYTES // 2)
     key = "k" * 1000
