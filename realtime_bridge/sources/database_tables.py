@@ -64,6 +64,8 @@ class DatabaseTables:
             if not found:
                 return
             rows: list[Image] = [tuple(row["texts"]) for row in found]
+            if any(relation.key_of(row) == keys for row in rows):
+                raise SourceError(f"{relation.name} cannot be read in pages: a row of it lies behind its own key")
             yield Page(rows, found[-1]["read_at"] + _MARGIN)
             keys = relation.key_of(rows[-1])
 
@@ -171,8 +173,9 @@ _COLUMNS: Final = """
     ORDER BY a.attnum
 """
 
+# With -1 a type without its length is meant: `character` and `bit`, as NULL would have it, are of length 1.
 _KNOWN: Final = """
-    SELECT a.attname::text AS name, format_type(a.atttypid, NULL) AS type,
+    SELECT a.attname::text AS name, format_type(a.atttypid, -1) AS type,
            CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY' END AS only
     FROM pg_class c
     JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -199,6 +199,36 @@ async def test_rows_that_postgrest_leaves_out_are_not_taken_for_rows_that_are_go
             await reader.rows(relation, [("1",), ("2",), ("3",)])
 
 
+@pytest.mark.parametrize(
+    ("type_", "keys"),
+    [("char(3)", ["EUR", "GBP", "US "]), ("bit(3)", ["101", "110", "111"]), ('"char"', ["a", "b"]), ("varbit", ["1"])],
+)
+async def test_keys_of_any_length_are_read_once(
+    type_: str, keys: list[str], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_tables, "PAGE_ROWS", 1)
+    async with connected(database) as db, reading(database, None) as reader:
+        await db.execute(f"create table rates (code {type_} primary key)")
+        for key in keys:
+            await db.execute(f"insert into rates values ('{key}')")
+        relation = await reader.describe("public.rates")
+        assert relation is not None
+        assert await rows_of(reader, relation) == [(key,) for key in keys]
+        assert sorted(await reader.rows(relation, [[key] for key in keys])) == [(key,) for key in keys]
+
+
+async def test_a_page_that_does_not_get_past_its_key_is_the_end_and_says_so(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_tables, "_KNOWN", database_tables._KNOWN.replace("-1", "NULL"))
+    async with connected(database) as db, reading(database, None) as reader:
+        await db.execute("create table rates (code char(3) primary key); insert into rates values ('EUR'), ('GBP')")
+        relation = await reader.describe("public.rates")
+        assert relation is not None
+        with pytest.raises(SourceError, match="behind its own key"):
+            await rows_of(reader, relation)
+
+
 async def test_rows_of_other_columns_are_refused_by_name(database: str) -> None:
     async with reading(database, None) as describer, reader_through("supabase", database) as reader:
         relation = await describer.describe("public.posts")
