@@ -12,7 +12,9 @@ Layer: adapters. May import: errors, wire.phoenix, sources.supabase_canary.
 Sources: realtime 2.34.1 (`_async/client.py`, `_async/channel.py`); https://supabase.com/docs/guides/realtime/protocol.
 """
 
+import ast
 import asyncio
+import json
 import logging
 import time
 from collections import deque
@@ -206,6 +208,10 @@ class Link:
             if self._canary is None:
                 self._heard.proven_until = self._heartbeat.sent_at - POLL_SECONDS
 
+    def on_unreadable(self, table: str | None) -> None:
+        """A frame that the client could not read; it names a table, or none that anybody could make out."""
+        self.doubt(table if table is not None and table in self._tables else ALL)
+
     def doubt(self, table: str) -> None:
         """Changes of this table, or of all, may have been missed."""
         self._heard.doubts.add(table)
@@ -283,22 +289,31 @@ class _UnreadableFrames(logging.Filter):
     they come without a commit timestamp.
     """
 
-    def __init__(self, doubt: Callable[[str], None]) -> None:
+    def __init__(self, heard: Callable[[str | None], None]) -> None:
         super().__init__()
-        self._doubt = doubt
+        self._heard = heard
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Drop the line if it is of that kind."""
-        is_unreadable = str(record.msg).startswith("Unrecognized message format")
+        _, is_unreadable, rest = str(record.msg).partition("Unrecognized message format ")
         if is_unreadable:
-            self._doubt(ALL)
+            self._heard(_table_in(rest.partition("\n")[0]))
         return not is_unreadable
+
+
+def _table_in(frame: str) -> str | None:
+    """The table that a frame tells of, given as Python would write its text; None if it names none."""
+    try:
+        data = json.loads(ast.literal_eval(frame))["payload"]["data"]
+        return f"{data['schema']}.{data['table']}"
+    except (LookupError, RecursionError, SyntaxError, TypeError, ValueError):
+        return None
 
 
 @contextmanager
 def _watching_unreadable_frames(link: Link) -> Iterator[None]:
     client_logger = logging.getLogger(AsyncRealtimeClient.__module__)
-    watch = _UnreadableFrames(link.doubt)
+    watch = _UnreadableFrames(link.on_unreadable)
     client_logger.addFilter(watch)
     try:
         yield
@@ -320,13 +335,13 @@ async def linked(url: str, key: str, tables: Sequence[str], canary: Canary | Non
     except (AsyncSupabaseException, ValueError):
         raise ConfigurationError("SUPABASE_URL, SUPABASE_KEY: an http(s) address and a service key") from None
     link = Link(client.realtime, tables, canary)
-    try:
-        with _watching_unreadable_frames(link):
+    with _watching_unreadable_frames(link):  # until nothing is read any more
+        try:
             await _subscribe(link)
             yield link
-    finally:
-        await _close(client.realtime)
-        await client.auth.close()
+        finally:
+            await _close(client.realtime)
+            await client.auth.close()
 
 
 async def _subscribe(link: Link) -> None:

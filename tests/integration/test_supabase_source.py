@@ -1,6 +1,7 @@
 """The source, through the official client, against a local Supabase on a real database that can misbehave."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from uuid import uuid4
 import asyncpg
 import orjson
 import pytest
+from realtime import AsyncRealtimeClient
 
 from realtime_bridge.change import ABSENT, Body, Change, Control, Image
 from realtime_bridge.dev.supabase import LocalSupabase
@@ -297,12 +299,28 @@ async def test_an_error_in_place_of_a_row_is_a_doubt_and_its_row_reaches_no_log(
         await db.execute("create table heap (secret text); create table tidy (id int primary key)")
         async with streaming(database, "public.heap", "public.tidy") as reader:
             await db.execute("insert into heap values ('hush')")  # no key: the real server sends an error instead
-            await reader.until(2)
+            await reader.until(1)
             await db.execute("insert into tidy values (1)")
-            *doubts, change = await reader.until(3)
-    assert doubts == [Doubt("public.heap"), Doubt("public.tidy")]
+            *doubts, change = await reader.until(2)
+    assert doubts == [Doubt("public.heap")], "and no other table is in doubt"
     assert isinstance(change, Change)
     assert "Unrecognized" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "frame",
+    ["no json", "[" * 100_000, "[]", '{"payload": {"data": {"schema": "public", "table": ["posts"]}}}', '{"topic": 1}'],
+)
+async def test_a_frame_that_cannot_be_read_and_names_no_table_of_ours_is_a_doubt_of_all(
+    frame: str, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(database) as db:
+        await db.execute("create table notes (id int primary key)")
+    async with streaming(database, "public.posts", "public.notes") as reader:
+        client_logger = logging.getLogger(AsyncRealtimeClient.__module__)
+        client_logger.error(f"Unrecognized message format {frame!r}\nhush")  # noqa: G004 - as the client does
+        assert set(await reader.until(2)) == {Doubt("public.posts"), Doubt("public.notes")}
+    assert "hush" not in caplog.text
 
 
 async def test_a_change_that_is_too_large_is_a_doubt_of_its_table_and_the_rest_goes_on(database: str) -> None:
