@@ -78,11 +78,13 @@ class RepairState:
         resyncs: told in place of a repair, by this process.
         deadlines: table in doubt → when it is given up, by the loop's clock. They outlive a term, so that a link that
             is made anew again and again cannot put them off.
+        problems: table → why it was given up last, unless it has been repaired since: each is logged once.
     """
 
     told: int = 0
     resyncs: int = 0
     deadlines: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
 
 class _UnprovableError(Exception):
@@ -317,6 +319,7 @@ class Repairer:
                 self._state.told += len(changes)
         if self._rows.touched.get(table) is reading.touched:
             self._settle(table)
+            self._state.problems.pop(table, None)
             logger.info("read back after a gap", extra={"table": table, "changes": count})
 
     async def _changes(self, reading: _Reading, names: Sequence[str]) -> list[Change]:
@@ -338,7 +341,9 @@ class Repairer:
     async def _give_up(self, problems: Mapping[str, str]) -> None:
         """Tell tables as a resync."""
         for table, problem in problems.items():
-            logger.warning("not read back after a gap", extra={"table": table, "reason": problem})
+            if self._state.problems.get(table) != problem:
+                logger.warning("not read back after a gap", extra={"table": table, "reason": problem})
+        self._state.problems |= problems
         names = ["*"] if problems.keys() >= set(self._rows.tables) else sorted(problems)
         async with self._rows.turn:
             for table in problems:

@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realtime_bridge import repair, seeding
+from realtime_bridge.broker.base import NOTE
 from realtime_bridge.broker.memory import MemoryBroker
 from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Image, Relation
 from realtime_bridge.errors import SourceError
 from realtime_bridge.hub.subscription import form_of
 from realtime_bridge.ingest import Ingest
 from realtime_bridge.repair import RepairLimits
+from realtime_bridge.rows import Note
 from realtime_bridge.sources.base import TEXT_BYTES, SourceBatch
 from realtime_bridge.wire.native import Form
 from tests.rights import Known
@@ -127,6 +129,11 @@ class Scene:
         await self.prove()
         await eventually(lambda: self.ingest.state.rows.unread == 0)
         await self.prove()
+
+    async def is_known(self) -> bool:
+        """Whether all rows are in the index, as they are laid out now."""
+        note = Note.decode((await self.broker.rows(T, [NOTE]))[0])
+        return note is not None and note.relation == self.tables.relations[T] and note.whole_at > 0
 
     async def history(self) -> list[Any]:
         """Everything that all are told."""
@@ -523,6 +530,27 @@ async def test_what_cannot_be_proven_is_one_resync_and_says_why(
         [warning] = [record for record in caplog.records if record.message == "not read back after a gap"]
         assert reason in warning.__dict__["reason"]
         assert scene.ingest.state.repair.resyncs == 1
+
+
+async def test_why_a_table_is_not_repaired_is_logged_once_until_it_is_another_reason_or_it_was_repaired(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = replace(POSTS, columns=POSTS.columns[:3])
+    async with leading(monkeypatch, tables=Tables([plain])) as scene:
+        for number, relation in enumerate((plain, plain, POSTS, plain, POSTS, plain)):
+            scene.tables.relations[T] = relation
+            if relation is POSTS:
+                await scene.tell(insert(row(1)))
+                scene.tables.put(row(1))
+                await eventually(scene.is_known)
+                await scene.prove()
+            if number == 1:
+                await scene.source.fail()  # the next term knows what was logged
+            await scene.tell(doubts=[T])
+            await scene.settled()
+    warnings = [record for record in caplog.records if record.message == "not read back after a gap"]
+    reasons = ["it has no column at", *["its columns have changed"] * 2]
+    assert [warning.__dict__["reason"] for warning in warnings] == reasons
 
 
 async def test_one_table_that_cannot_be_repaired_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
