@@ -208,11 +208,20 @@ class Repairer:
                 problems[table] = found
         if problems:
             await self._give_up(problems)
-        if any(reading.rows for reading in readings.values()) and not await self._is_passed(time.time(), readings):
-            await self._give_up(dict.fromkeys(readings, "nothing proves that the source has passed what was read"))
-            return
+        moment = time.time()
+        waiting = [table for table, reading in readings.items() if reading.rows]
         for table, reading in readings.items():
-            await self._tell(table, reading)
+            if not reading.rows:
+                await self._tell(table, reading)
+        while waiting:
+            deadline = min(self._state.deadlines[table] for table in waiting)
+            if await self._is_passed(moment, deadline):
+                break
+            late = [table for table in waiting if self._state.deadlines[table] == deadline]
+            await self._give_up(dict.fromkeys(late, "nothing proves that the source has passed what was read"))
+            waiting = [table for table in waiting if table not in late]
+        for table in waiting:
+            await self._tell(table, readings[table])
 
     async def _try(self, table: str) -> _Reading | str:
         """Look at a table; why it cannot be repaired, if it cannot."""
@@ -288,11 +297,10 @@ class Repairer:
             rows |= _fields(relation, found)
         return rows
 
-    async def _is_passed(self, moment: float, readings: Mapping[str, _Reading]) -> bool:
+    async def _is_passed(self, moment: float, deadline: float) -> bool:
         """Wait until everything that was committed before is appended; False if that takes too long."""
-        deadlines = self._state.deadlines
         try:
-            async with asyncio.timeout_at(min(deadlines[table] for table in readings)):
+            async with asyncio.timeout_at(deadline):
                 while self._proven_until < moment:
                     self._proved.clear()
                     await self._proved.wait()

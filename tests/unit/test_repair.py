@@ -553,6 +553,27 @@ async def test_why_a_table_is_not_repaired_is_logged_once_until_it_is_another_re
     assert [warning.__dict__["reason"] for warning in warnings] == reasons
 
 
+async def test_what_was_not_lost_is_settled_without_a_proof_and_each_table_waits_for_its_own_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = replace(POSTS, table="other")
+    tables = Tables([POSTS, NOTES, other])
+    for relation in tables.relations.values():
+        tables.put(row(1), table=relation.name)
+    async with leading(monkeypatch, tables=tables) as scene:
+        tables.put(row(1, "bob"))
+        tables.put(row(1, "bob"), table=NOTES.name)
+        now, deadlines = asyncio.get_running_loop().time(), scene.ingest.state.repair.deadlines
+        deadlines |= {T: now + 0.5, NOTES.name: now + 3600, other.name: now + 3600}
+        await scene.tell(doubts=list(tables.relations))
+        await eventually(lambda: set(deadlines) == {T, NOTES.name})
+        await eventually(lambda: set(deadlines) == {NOTES.name})
+        await scene.repaired()
+        resync, change = await scene.history()
+        assert replace(resync, commit_time=0) == Control("resync", T, "upstream_gap")
+        assert (change.relation, change.new) == (NOTES, row(1, "bob"))
+
+
 async def test_one_table_that_cannot_be_repaired_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = Tables([POSTS, NOTES, replace(POSTS, table="plain", columns=POSTS.columns[:3])])
     tables.put(row(1), table=NOTES.name)
@@ -560,7 +581,7 @@ async def test_one_table_that_cannot_be_repaired_keeps_no_other_from_it(monkeypa
         tables.put(row(1, "bob"), table=NOTES.name)
         await scene.tell(doubts=list(tables.relations))
         await eventually(lambda: scene.ingest.state.repair.resyncs)
-        assert set(scene.ingest.state.repair.deadlines) == {T, NOTES.name}, "which still wait for a proof"
+        await eventually(lambda: set(scene.ingest.state.repair.deadlines) == {NOTES.name})  # which waits for a proof
         await scene.prove()
         resync, change = await scene.behind(0)
         assert replace(resync, commit_time=0) == Control("resync", "public.plain", "upstream_gap")
