@@ -8,7 +8,7 @@ A link that is not healthy ends the stream; whoever reads opens it again, with b
 of every table.
 
 What cannot be had this way: digits of a `numeric` beyond those of a double (see `supabase_texts`); the base type of a
-domain; commits that the server's poller silently left out (a canary notices, if there are many in a row).
+domain; commits that the server's poller silently left out (a canary notices, if one of its own is among them).
 
 Layer: adapters. May import: change, errors, sources.{base,supabase_canary,supabase_link,supabase_payload}.
 Sources: https://supabase.com/docs/guides/realtime/postgres-changes.
