@@ -99,7 +99,6 @@ class PostgresSource:
             async with self._replicating(primary, owner) as (replication, system):
                 with translated():
                     start = await self._start(primary, replication, system, after, owner)
-                    await self._refuse_two_servers(primary, replication)
                 if after is not None and (created or start.gap):
                     start = start._replace(gap=True)
                     logger.warning("replication does not continue the history", extra={"slot": self._slot})
@@ -181,6 +180,8 @@ class PostgresSource:
                     "DATABASE_URL: what answers knows no replication, as a pooler does not; use the direct address "
                     "(Supabase: db.<project>.supabase.co:5432, often IPv6 only)"
                 ) from error
+            with translated():
+                await self._refuse_two_servers(primary, replication)
             yield replication, system
         finally:
             await replication.close()
@@ -237,11 +238,9 @@ class PostgresSource:
 
     async def _refuse_two_servers(self, primary: Primary, replication: Replication) -> None:
         """A name can move between the two connections, and what one server says proves nothing about another."""
-        state = await primary.slot(self._slot)
-        if state is None or state.active_pid != replication.pid:
+        if not await primary.is_walsender(replication.pid):
             raise SourceError(
-                f"what reads the replication slot {self._slot} is not known where it was asked for: DATABASE_URL leads "
-                "to two servers, or through a pooler"
+                "DATABASE_URL leads to two servers now, or through a pooler; it has to lead to the primary"
             )
 
     async def _evict(self, primary: Primary, state: SlotState, owner: str) -> None:

@@ -215,6 +215,10 @@ class Primary:
             await self.connection.execute("SET LOCAL synchronous_commit = local")  # no standby is waited for
             await self.connection.execute(_FLUSH.format(lsn=lsn_text(written)))
 
+    async def is_walsender(self, pid: int) -> bool:
+        """Whether this server has such a process, for a role that is this one's or that this one may read."""
+        return bool(await self.connection.fetchval(_IS_WALSENDER, pid))
+
     async def is_synchronous_standby(self, pid: int) -> bool:
         """Whether commits may be waiting for this very walsender."""
         return bool(await self.connection.fetchval(_IS_SYNCHRONOUS, pid))
@@ -369,6 +373,8 @@ _FLUSH: Final = """
 """
 
 _MAY_REPLICATE: Final = "SELECT rolname, rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user"
+
+_IS_WALSENDER: Final = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND backend_type = 'walsender')"
 
 _IS_SYNCHRONOUS: Final = """
     SELECT EXISTS (SELECT FROM pg_stat_replication WHERE pid = $1 AND sync_state IN ('sync', 'quorum'))
