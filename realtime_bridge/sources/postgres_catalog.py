@@ -203,7 +203,7 @@ class Primary:
         row = await self._moment.fetchrow(tables, publication, followed)
         assert row is not None
         snapshot = Snapshot.parse(row[2])
-        published = {NamedTable(name, oid): max(map(snapshot.full, xids)) for name, oid, *xids in row[4]}
+        published = {NamedTable(*r[:3]): max(map(snapshot.full, r[3:])) for r in row[4]}
         return Moment(row[0], end_of_record(row[1], self._block, self._segment), snapshot, row[3], published)
 
     async def flush(self, written: int) -> None:
@@ -350,7 +350,7 @@ _MOMENT: Final = """
                 UNION ALL SELECT concat('role ', oid, rolname, rolsuper, rolinherit, rolbypassrls) FROM pg_roles
             ) AS version(version)),
            ARRAY(
-                SELECT (wanted.name, c.oid::int8, member.x::text::int8, p.xmin::text::int8)
+                SELECT (wanted.name, c.oid::int8, c.relfilenode::int8, member.x::text::int8, p.xmin::text::int8)
                 FROM unnest($3::text[]) AS wanted(name)
                 JOIN pg_namespace n ON n.nspname = split_part(wanted.name, '.', 1)
                 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(wanted.name, '.', 2)

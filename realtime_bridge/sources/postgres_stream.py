@@ -11,7 +11,7 @@ Sources: PostgreSQL documentation, "Streaming Replication Protocol"; ProcArrayEn
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, NamedTuple, Self
 
 from realtime_bridge.change import Control
@@ -211,7 +211,8 @@ class PostgresStream:
             # Whatever began before the newest of them may have been written while something was not published.
             published = self._published = min(max(moment.published.values(), default=0), moment.snapshot.xmin - 1)
             self._covered = frozenset(moment.published)
-        self._covered = self._covered.intersection(moment.published)
+        there = {(table.name, table.oid) for table in moment.published}
+        self._covered = frozenset(table for table in self._covered if (table.name, table.oid) in there)
         self._assembler.names = {table.oid: table.name for table in moment.published}
         doubtful = frozenset(
             table for table, since in moment.published.items() if since > published or table not in self._covered
@@ -234,6 +235,19 @@ class PostgresStream:
             doubt = doubt._replace(written=moment.written)
         self._doubt = doubt
 
+    def _excuse(self, told: set[str], moment: Moment) -> None:
+        """Tables that are to be read again anyway, as after a TRUNCATE, need not be so because of another file, too."""
+        former = {(table.name, table.oid) for table in self._covered}
+        excused = {t for t in moment.published if t.name in told and t not in self._covered and t[:2] in former}
+        self._cover(excused)
+        if self._doubt is not None:
+            left = self._doubt.tables - excused
+            self._doubt = self._doubt._replace(tables=left) if left else None
+
+    def _cover(self, tables: Collection[NamedTable]) -> None:
+        names = {table.name for table in tables}
+        self._covered = frozenset(table for table in self._covered if table.name not in names) | frozenset(tables)
+
     async def _build_visible(self, moment: Moment) -> bool:
         """Build the oldest transactions, as far as the snapshot shows them.
 
@@ -250,7 +264,10 @@ class PostgresStream:
                     self._outbox.append(self._builder.rights_changed(ready[0]))
                 self._rights = moment.rights
             transaction = self._assembler.take()
-            self._outbox.extend(self._builder.build(transaction, described))
+            bodies = self._builder.build(transaction, described)
+            resyncs = [p.body for p in bodies if isinstance(p.body, Control) and p.body.kind == "resync"]
+            self._excuse({resync.table for resync in resyncs}, moment)
+            self._outbox.extend(bodies)
             self._built = Place(transaction.end_lsn, 0)
             shown = True
         return shown
@@ -277,7 +294,7 @@ class PostgresStream:
     def _confession(self, doubt: _Doubt) -> SourceBatch:
         """The batch that tells of changes that were not published: whoever reads the tables behind it has them all."""
         self._doubt, self._published = None, doubt.published
-        self._covered |= doubt.tables
+        self._cover(doubt.tables)
         tables = sorted(table.name for table in doubt.tables)
         logger.warning("tables are read anew, and what was not is told as a gap", extra={"tables": ",".join(tables)})
         watermark = self._watermark(self._given)

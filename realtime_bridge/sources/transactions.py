@@ -45,10 +45,15 @@ def parse_lsn(text: str) -> int:
 
 
 class NamedTable(NamedTuple):
-    """A table, as `schema.table`, and which one it was that had the name."""
+    """A table, as `schema.table`, and which one it was that had the name.
+
+    Attributes:
+        file: where its rows are: another one if all were rewritten, or removed. That of a partitioned table is 0.
+    """
 
     name: str
     oid: int
+    file: int
 
 
 class Watermark(NamedTuple):
@@ -75,7 +80,7 @@ class Watermark(NamedTuple):
         try:
             incarnation, published, lsn, ordinal, *rest = text.split("|", 4)
             tables = json.loads(rest[0]) if rest else ()
-            named = frozenset(NamedTable(str(name), int(oid)) for name, oid in tables)
+            named = frozenset(NamedTable(str(name), int(oid), int(file)) for name, oid, file in tables)
             return cls(incarnation, int(published, 16), Place(int(lsn, 16), int(ordinal)), named)
         except (ValueError, TypeError):
             return None

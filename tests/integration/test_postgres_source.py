@@ -318,6 +318,7 @@ async def test_a_truncate_is_a_resync_of_the_tables_that_are_followed(db: Databa
     await db.run("CREATE TABLE notes (id int PRIMARY KEY)")
     await db.publish(POSTS, "public.notes")
     async with db.source().open(None, owner="ns/1") as stream:
+        await read_until_idle(stream)
         await db.run("TRUNCATE posts, notes")
         found = await read_until_idle(stream)
     assert [(b.table, b.reason) for b in found if isinstance(b, Control) and b.kind == "resync"] == [
@@ -742,6 +743,23 @@ async def test_what_began_before_a_table_was_published_is_a_gap_of_a_first_start
         await writing.execute("COMMIT")
         assert await read_until_idle(stream) == [GAP_OF_POSTS]
     await writing.close()
+
+
+@pytest.mark.parametrize(
+    "rewritten",
+    [
+        ["ALTER TABLE posts ALTER COLUMN title TYPE text USING upper(title)"],
+        ["ALTER TABLE posts SET UNLOGGED", "UPDATE posts SET title = 'changed'", "ALTER TABLE posts SET LOGGED"],
+    ],
+    ids=["by another type", "after it was unlogged"],
+)
+async def test_a_table_that_was_rewritten_is_a_gap(db: Database, rewritten: list[str]) -> None:
+    await db.run(f"DROP PUBLICATION {PUBLICATION}", f"CREATE PUBLICATION {PUBLICATION} FOR TABLES IN SCHEMA public")
+    async with db.source().open(None, owner="ns/1") as stream:
+        await db.post("first")
+        await read_until_idle(stream)
+        await db.run(*rewritten)
+        assert await read_until_idle(stream) == [GAP_OF_POSTS]
 
 
 async def test_rows_that_a_filter_kept_back_are_a_gap_once_it_is_gone(db: Database) -> None:

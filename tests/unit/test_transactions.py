@@ -249,7 +249,7 @@ def test_messages_out_of_order_are_refused(messages: list[bytes]) -> None:
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**9))
 def test_lsns_and_watermarks_survive_as_text(lsn: int, ordinal: int) -> None:
     assert parse_lsn(lsn_text(lsn)) == lsn
-    watermark = Watermark("7/1/slot", lsn, Place(lsn, ordinal), frozenset([NamedTable("public.a|b", 7)]))
+    watermark = Watermark("7/1/slot", lsn, Place(lsn, ordinal), frozenset([NamedTable("public.a|b", 7, 8)]))
     assert Watermark.parse(str(watermark)) == watermark
 
 
