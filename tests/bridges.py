@@ -1,6 +1,7 @@
 """Bridges as an operator runs them: `realtime-bridge serve` in processes of their own."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -66,6 +67,12 @@ class BridgeProcess:
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    @property
+    def lines_of_requests(self) -> int:
+        """Lines logged so far, but for those of the work behind, which goes on whatever is asked."""
+        loggers = [json.loads(line)["logger"].split(".")[1] for line in self.log.split("\n")[:-1]]
+        return sum(1 for logger in loggers if logger not in ("ingest", "repair", "seeding", "sources"))
 
     def memory(self, what: str = "RssAnon") -> int:
         """Bytes that the process has, where that can be told: by default those of its own. See proc_pid_status(5)."""

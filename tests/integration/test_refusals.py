@@ -56,12 +56,6 @@ async def still_serves(bridge: BridgeProcess, database: str) -> None:
         assert (await receive_data(client))["record"]["title"] == "alive"
 
 
-def lines_of_requests(bridge: BridgeProcess) -> int:
-    """Lines logged so far, but for those of the work behind, which goes on whatever is asked."""
-    loggers = [json.loads(line)["logger"].split(".")[1] for line in bridge.log.splitlines()]
-    return sum(1 for logger in loggers if logger not in ("ingest", "repair", "seeding", "sources"))
-
-
 def unsigned(**claims: Any) -> str:
     return jwt.encode({"sub": ADA, "role": "authenticated", "aud": "authenticated", **claims}, "", algorithm="none")
 
@@ -98,11 +92,11 @@ async def test_every_bad_request_gets_a_clear_refusal_and_one_line(way: Way) -> 
     ]  # fmt: skip
     async with way.bridge() as bridge:
         for name, code, words, request in refusals:
-            lines = lines_of_requests(bridge)
+            lines = bridge.lines_of_requests
             say = [request.pop("say")] if "say" in request else []
             closed = await closed_with(bridge.url, request.pop("given"), *say, **request)
             assert (closed[0], words in closed[1]) == (code, True), (name, closed)
-            assert lines_of_requests(bridge) - lines <= 1, (name, bridge.log)
+            assert bridge.lines_of_requests - lines <= 1, (name, bridge.log)
         await still_serves(bridge, way.database)
         assert not re.search(r"eyJ|garbage|Traceback", bridge.log)
 
@@ -145,7 +139,7 @@ async def test_a_position_of_the_future_or_of_another_history_is_answered_by_a_r
 
 async def test_invalid_text_on_the_wire_is_refused(way: Way) -> None:
     async with way.bridge() as bridge:
-        lines = lines_of_requests(bridge)
+        lines = bridge.lines_of_requests
         async with open_socket(bridge.url, token(ADA)) as client:
             await receive(client)
             await client.send(b"\xff\xfe", text=True)
@@ -153,7 +147,7 @@ async def test_invalid_text_on_the_wire_is_refused(way: Way) -> None:
                 await receive(client)
             assert caught.value.rcvd is not None
             assert caught.value.rcvd.code == 1007
-        assert lines_of_requests(bridge) - lines <= 1
+        assert bridge.lines_of_requests - lines <= 1
         assert "Traceback" not in bridge.log
 
 

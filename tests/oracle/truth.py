@@ -168,5 +168,8 @@ async def close(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
 
 
 async def open_connection(dsn: str) -> "asyncpg.Connection[asyncpg.Record]":
-    """A connection whose values read as those of messages."""
-    return await asyncpg.connect(dsn, server_settings={"timezone": "UTC"})
+    """A connection whose values read as those of messages.
+
+    Without asking for TLS: asyncpg leaves a failed future behind where it is interrupted in that.
+    """
+    return await asyncpg.connect(dsn, ssl=False, server_settings={"timezone": "UTC"})
