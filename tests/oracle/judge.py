@@ -22,8 +22,8 @@ _SHOWN: Final = 30
 _PER_CHANGE: Final = 2
 """Resyncs for one change of what is seen: a bridge may find it in the database before it comes to it in the history."""
 _FOUND: Final = timedelta(seconds=1.5)
-"""For so long one bridge may have found an altered policy and another not: whoever goes from one to the other then sees
-otherwise each time, and is told."""
+"""For so long one bridge may have found in the database what another has yet to find, or to come to in the history:
+whoever goes from one to the other then sees otherwise each time, and is told."""
 _NEW_HISTORY: Final = frozenset({"history_gone", "upstream_gap"})
 """Reasons after which changes may be told again."""
 
@@ -57,6 +57,7 @@ class _Book:
         resyncs: (table, reason) → how many were told.
         told_at: the same → position and link of the last one.
         excuses: the same → how many there were reasons for, and have not been told.
+        told_to_read: the resyncs since the last review but one.
         last: what was told last.
     """
 
@@ -70,6 +71,7 @@ class _Book:
         self.resyncs: Counter[tuple[str, str]] = Counter()
         self.told_at: dict[tuple[str, str], tuple[str, int]] = {}
         self.excuses: Counter[tuple[str, str]] = Counter()
+        self.told_to_read: list[Told] = []
         self.last: list[Told] = []
 
 
@@ -141,6 +143,7 @@ class Judge:
 
     def _resync(self, copy: Copy, book: _Book, told: Told) -> None:
         reason, where = told.message["reason"], (told.message["position"], told.link)
+        book.told_to_read.append(told)
         for table in concerned(told.message, copy.user):
             position, link = book.told_at.get((table, reason), ("", 0))
             if position != where[0] or link == told.link:  # else the link broke before anything moved it on
@@ -237,9 +240,11 @@ class Judge:
         """Every resync must have a reason, now or at the last review; each reason excuses one."""
         for what, count in book.resyncs.items():
             if count > (excused := reasons[what] + book.excuses[what]):
-                self.accuse(copy, f"{count} resyncs of {what[0]} as {what[1]}, where {excused} had a reason")
+                resyncs = [f"{one.link}, {one.begun}: {one.message}" for one in book.told_to_read]
+                self.accuse(copy, f"{count} resyncs of {what[0]} as {what[1]}, where {excused} had a reason: {resyncs}")
         used = book.resyncs - book.excuses
         book.excuses, book.resyncs = reasons - used, Counter()
+        book.told_to_read = [one for one in book.told_to_read if one.begun > self._reviewed]
 
     def _reasons(self, user: User, after: int, links: Sequence[datetime]) -> Counter[tuple[str, str]]:
         """(table, reason) → how many resyncs what was committed after a number, and what faults did, excuse."""
@@ -252,9 +257,8 @@ class Judge:
                 elif table in commit.truncated:
                     found[table, "truncated"] += 1
                 if _may_change_view(commit, before, user, table):
-                    found[table, "visibility_changed"] += _PER_CHANGE
-                    if commit.facts.policy != before.facts.policy:
-                        found[table, "visibility_changed"] += sum(commit.at <= at < commit.at + _FOUND for at in links)
+                    links_meanwhile = sum(commit.at <= at < commit.at + _FOUND for at in links)
+                    found[table, "visibility_changed"] += _PER_CHANGE + links_meanwhile
         return found
 
 
