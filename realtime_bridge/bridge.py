@@ -187,7 +187,7 @@ class Bridge:
             send_buffer_bytes=settings.send_buffer_bytes,
             ping_seconds=settings.ping_seconds,
             resync_seconds=settings.resync_seconds,
-            replays=settings.source_kind == "postgres",
+            replays=not source.is_lossy,
         )
         ingest = Ingest(
             source,

@@ -265,8 +265,9 @@ class PostgresStream:
                 self._rights = moment.rights
             transaction = self._assembler.take()
             bodies = self._builder.build(transaction, described)
-            resyncs = [p.body for p in bodies if isinstance(p.body, Control) and p.body.kind == "resync"]
-            self._excuse({resync.table for resync in resyncs}, moment)
+            told = {p.body.table for p in bodies if isinstance(p.body, Control) and p.body.kind == "resync"}
+            if told:
+                self._excuse(told, moment)
             self._outbox.extend(bodies)
             self._built = Place(transaction.end_lsn, 0)
             shown = True

@@ -22,8 +22,7 @@ local over = math.min(redis.call('ZCARD', TOLD) - most_fields, MOST_FORGOTTEN)
 if over > 0 then forget(redis.call('ZRANGE', TOLD, 0, over - 1)) end
 
 local function parts(digest)
-  local rights, alone = string.match(digest, '^([^.]*)%.?([^.]*)')
-  return rights, alone
+  return string.match(digest, '^([^.]*)%.?([^.]*)')
 end
 
 local function recall(field, digest, changed, least, before)
