@@ -91,6 +91,7 @@ class Sight(NamedTuple):
         changed: the number since which it is so, if it is news to the broker that it is; None if nobody knows.
         least: the number before which it may have been otherwise, whatever the broker knows; 0 for none.
         before: the digest that held until `changed`, if it was this one's and holds for nobody any more; or empty.
+        number: where the process stands, and so where it lets a user begin of whom nothing is known.
     """
 
     user: str
@@ -99,6 +100,7 @@ class Sight(NamedTuple):
     changed: int | None = None
     least: int = 0
     before: str = ""
+    number: int = 0
 
 
 NOTE: Final = ""
@@ -224,7 +226,7 @@ class Broker(Protocol):
 
         A reader of an older position than the answer may have a copy that shows what it may not see, or lacks what it
         may. Another sight that can be in use may be so until `SIGHT_SECONDS` after it was last told of: until then the
-        answer is the next entry's number. A user of whom nothing is known has no copy: then it is the newest entry's.
+        answer is the next entry's number. A user of whom nothing is known has no copy: then it is `Sight.number`.
         No answer lies beyond the next entry. What was told of is kept for as long as the history.
 
         Args:

@@ -267,7 +267,7 @@ class MemoryBroker:
             if digest != sight.before
         )
         if not seen:
-            since = self._number
+            since = sight.number
         elif is_in_doubt:
             since = following
         else:

@@ -305,11 +305,10 @@ class RedisBroker:
 
     async def recall(self, epoch: str, sights: Sequence[Sight]) -> list[int]:
         """See `Broker.recall`."""
-        words = [
-            word
-            for s in sights
-            for word in (f"{s.user} {s.table}", s.digest, "" if s.changed is None else s.changed, s.least, s.before)
-        ]
+        words: list[str | int] = []
+        for s in sights:
+            changed = "" if s.changed is None else s.changed
+            words += (f"{s.user} {s.table}", s.digest, changed, s.least, s.before, s.number)
         answer: list[int] | None = await self._link.script("recall", *self._sight_limits, epoch, *words)
         if answer is None:
             raise BrokerError("Redis: the history is another than that in which users were looked at")

@@ -118,9 +118,9 @@ class Settler:
         Raises:
             BrokerError: it cannot be told now.
         """
-        policy, tables = self._standing.policy, self._standing.tables
+        policy, tables, number = self._standing.policy, self._standing.tables, self._standing.number
         known = [(m, t, digest, m.doubts.get(t, 0)) for m in members for t in tables if (digest := policy.digest(m, t))]
-        found = await self._broker.recall(self._standing.epoch, [_sight(*what) for what in known])
+        found = await self._broker.recall(self._standing.epoch, [_sight(*what, number) for what in known])
         return [(*what, since) for what, since in zip(known, found, strict=True)]
 
 
@@ -129,7 +129,7 @@ def user_of(claims: Claims) -> str:
     return f"{claims.role}:{claims.user}"
 
 
-def _sight(member: Member, table: str, digest: str, doubt: int) -> Sight:
+def _sight(member: Member, table: str, digest: str, doubt: int, number: int) -> Sight:
     """What a member sees of a table.
 
     Where an entry has put it in doubt, a change is that entry's. Where that entry changed nothing, what it told may
@@ -137,4 +137,4 @@ def _sight(member: Member, table: str, digest: str, doubt: int) -> Sight:
     """
     least = 0 if table in member.confirmed else doubt
     before = member.sights[table].digest if doubt and table in member.sights else ""
-    return Sight(user_of(member.claims), table, digest, doubt or None, least, before)
+    return Sight(user_of(member.claims), table, digest, doubt or None, least, before, number)

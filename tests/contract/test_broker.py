@@ -414,13 +414,21 @@ async def recall(broker: Broker, *sights: Sight, end: int | None = None) -> list
         token = await broker.acquire_lease(ttl=5)
         await broker.append(token, changes(*range(head.number, end)))
         await broker.release_lease(token)
-    return await broker.recall(head.epoch, sights)
+    number = head.number if end is None else end
+    return await broker.recall(head.epoch, [sight._replace(number=number) for sight in sights])
 
 
 async def test_what_a_user_sees_holds_since_it_was_first_told_of(brokers: OpenBrokers) -> None:
     async with brokers(2) as (one, other):
         assert await recall(one, sight("a"), end=5) == [5]
         assert await recall(other, sight("a"), end=50) == [5]
+
+
+async def test_a_user_of_whom_nothing_is_known_begins_where_the_process_stands(brokers: OpenBrokers) -> None:
+    async with brokers() as (broker,):
+        await recall(broker, sight("a"), end=5)
+        epoch = (await broker.head()).epoch
+        assert await broker.recall(epoch, [sight("a", user="bob", number=3)]) == [3]  # it is behind the end
 
 
 async def test_what_an_entry_has_changed_holds_since_then(brokers: OpenBrokers) -> None:

@@ -3,7 +3,7 @@
 -- A field holds the digests of one user and table, that told of longest ago first: 'digest since told', each with a ';'
 -- behind it. A digest is 'rights.alone.rest': see `Sight`.
 -- ARGV: new epoch, seconds kept, most fields, seconds in use, most digests, epoch of the numbers,
---       then of each sight: field, digest, changed or '', least, digest before
+--       then of each sight: field, digest, changed or '', least, digest before, number
 local MOST_FORGOTTEN = 1000
 local state = load_state()
 if state.epoch ~= ARGV[6] then return false end
@@ -25,7 +25,7 @@ local function parts(digest)
   return string.match(digest, '^([^.]*)%.?([^.]*)')
 end
 
-local function recall(field, digest, changed, least, before)
+local function recall(field, digest, changed, least, before, number)
   local others, own, is_news, has_followed, told_last = {}, nil, true, false, -in_use
   local rights, alone = parts(digest)
   local known = redis.call('HGET', SIGHTS, field)
@@ -47,7 +47,7 @@ local function recall(field, digest, changed, least, before)
   end
   local since = own and own.since or 0
   if not known then
-    since = state.number
+    since = number
   elseif told_last + in_use > (own and own.told or now) then
     since = following
   elseif is_news or has_followed then
@@ -66,7 +66,8 @@ local function recall(field, digest, changed, least, before)
 end
 
 local answer = {}
-for i = 7, #ARGV, 5 do
-  answer[#answer + 1] = recall(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), ARGV[i + 4])
+for i = 7, #ARGV, 6 do
+  answer[#answer + 1] =
+    recall(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), ARGV[i + 4], tonumber(ARGV[i + 5]))
 end
 return answer
