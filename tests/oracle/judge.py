@@ -254,8 +254,8 @@ class Judge:
             for before, commit in pairwise(self._truth.commits[after:]):
                 if table in commit.tables and commit.is_bulk:
                     found[table, "bulk"] += 1
-                elif table in commit.truncated:
-                    found[table, "truncated"] += 1
+                else:
+                    found[table, "truncated"] += commit.truncated.count(table)
                 if _may_change_view(commit, before, user, table):
                     links_meanwhile = sum(commit.at <= at < commit.at + _FOUND for at in links)
                     found[table, "visibility_changed"] += _PER_CHANGE + links_meanwhile

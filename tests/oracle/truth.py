@@ -63,14 +63,14 @@ class Commit:
         number: 1, 2, 3 … in the order of commits, and the index in `Truth.commits`.
         time: as messages tell it.
         changes: in the order in which they were made.
-        truncated: tables that were emptied.
+        truncated: tables that were emptied, one for each time: a reader may be told of each.
         facts: those that hold after it.
     """
 
     number: int
     time: str
     changes: tuple[RowChange, ...]
-    truncated: frozenset[str]
+    truncated: tuple[str, ...]
     facts: Facts
 
     @property
@@ -83,7 +83,7 @@ class Commit:
 
     @property
     def tables(self) -> frozenset[str]:
-        return self.truncated | {change.table for change in self.changes}
+        return frozenset({*self.truncated, *(change.table for change in self.changes)})
 
 
 class Truth:
@@ -96,7 +96,7 @@ class Truth:
     """
 
     def __init__(self) -> None:
-        self.commits: list[Commit] = [Commit(0, "", (), frozenset(), facts_of({}, 0))]
+        self.commits: list[Commit] = [Commit(0, "", (), (), facts_of({}, 0))]
         self.begun = 0
         self.rows: Tables = {table: {} for table in KEYS}
         self._by_time: dict[str, list[Commit]] = {}
@@ -117,16 +117,16 @@ class Truth:
         """Take in how it is before the first transaction."""
         facts = facts_of(rows["public.members"], 0)
         await self._compare(connection, rows, facts)
-        self.rows, self.commits = rows, [Commit(0, "", (), frozenset(), facts)]
+        self.rows, self.commits = rows, [Commit(0, "", (), (), facts)]
 
     async def record(
-        self, connection: Any, rows: Tables, changes: Sequence[RowChange], truncated: frozenset[str], policy: int
+        self, connection: Any, rows: Tables, changes: Sequence[RowChange], truncated: Sequence[str], policy: int
     ) -> None:
         """Take in the transaction that was begun last, now that it is committed. To be done again where it fails."""
         time = await connection.fetchval(_TIME, self.begun)
         facts = facts_of(rows["public.members"], policy)
         await self._compare(connection, rows, facts)
-        commit = Commit(self.begun, f"{time[:-3]}Z", tuple(changes), truncated, facts)
+        commit = Commit(self.begun, f"{time[:-3]}Z", tuple(changes), tuple(truncated), facts)
         self.rows = rows
         self.commits.append(commit)
         self._by_time.setdefault(commit.time, []).append(commit)

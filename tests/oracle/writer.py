@@ -43,7 +43,7 @@ class Work:
         self.rows = {table: dict(rows) for table, rows in truth.rows.items()}
         self.policy = truth.newest.facts.policy
         self.changes: list[RowChange] = []
-        self.truncated: frozenset[str] = frozenset()
+        self.truncated: list[str] = []
 
     async def insert(self, table: str, **values: Any) -> None:
         places = ", ".join(f"${i}" for i in range(1, len(values) + 1))
@@ -63,7 +63,7 @@ class Work:
     async def truncate(self, table: str) -> None:
         await self._connection.execute(f"truncate {table}")
         self.rows[table].clear()
-        self.truncated |= {table}
+        self.truncated.append(table)
 
     async def alter_policy(self, policy: int) -> None:
         await self._connection.execute(f"alter policy team on documents using ({POLICIES[policy]})")
