@@ -17,7 +17,7 @@ from typing import Final
 
 from realtime_bridge.change import Change, Entry, Relation, transaction_of
 from realtime_bridge.claims import Claims
-from realtime_bridge.errors import ConfigurationError
+from realtime_bridge.errors import BridgeError, ConfigurationError
 from realtime_bridge.policy.base import Audience, Member, Verdict
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.decision import Decision
@@ -144,8 +144,9 @@ class PolicyEngine:
         before, followed = {name: known.digest for name, known in self._tables.items()}, self.knowledge.followed
         try:
             await self._read(self._described)
-        except Exception:  # whatever it is: policies that may have changed must not decide any more
-            logger.exception("policies could not be read")
+        except Exception as error:  # whatever it is: policies that may have changed must not decide any more
+            is_expected = isinstance(error, BridgeError)
+            logger.error("policies could not be read", exc_info=not is_expected, extra={"reason": str(error)})
             self._described.doubt(table)
         changed = {name for name, known in self._tables.items() if known.doubtful or known.digest != before[name]}
         if self.knowledge.followed != followed:  # and so what is known of members holds for longer, or less long

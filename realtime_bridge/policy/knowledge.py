@@ -98,6 +98,7 @@ class Knowledge:
         self._unlearned: set[Member] = set()
         self._answers_end: dict[str, float] = {}
         self._answers_age: dict[str, int] = defaultdict(int)
+        self._is_unanswered = False
 
     # -- what there is to know
 
@@ -206,10 +207,18 @@ class Knowledge:
         assert self._asking is not None, "queries come from where Postgres can be asked"
         self.fact_queries += 1
         try:
-            return await self._asking.facts([member.claims for member in members], queries)
+            facts = await self._asking.facts([member.claims for member in members], queries)
         except BridgeError as error:
-            logger.warning("facts of users cannot be read", extra={"reason": error.detail, "users": len(members)})
-        return [{query.sql: ABSENT for query in queries} for _ in members]
+            self._complain(error)
+            return [{query.sql: ABSENT for query in queries} for _ in members]
+        self._is_unanswered = False
+        return facts
+
+    def _complain(self, error: BridgeError) -> None:
+        """Tell once that Postgres does not answer, however many ask until it does."""
+        if not self._is_unanswered:
+            logger.warning("Postgres cannot be asked what users see", extra={"reason": error.detail})
+        self._is_unanswered = True
 
     def forget(self, member: Member) -> None:
         """What is known of a member, or being learned, holds no more."""
@@ -343,8 +352,9 @@ class Knowledge:
         try:
             truths = await self._asking.answers(columns, [question for _, question in questions])
         except BridgeError as error:
-            logger.warning("rows cannot be decided", extra={"reason": error.detail})
+            self._complain(error)
             return False
+        self._is_unanswered = False
         self.asked += len(questions)
         for (index, question), truth in zip(questions, truths, strict=True):
             self.failed += isinstance(truth, Failed)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -14,6 +15,7 @@ from realtime_bridge.policy.asking import Asking
 from realtime_bridge.policy.base import Member, Seen
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
+from tests.proxies import Proxy
 
 pytestmark = pytest.mark.integration
 
@@ -38,14 +40,19 @@ SCHEMA = f"""
 
 @asynccontextmanager
 async def engine_of(
-    dsn: str, policy: str = "true"
+    dsn: str, policy: str = "true", *, through: Proxy | None = None
 ) -> AsyncIterator[tuple[PolicyEngine, Member, "asyncpg.Connection[asyncpg.Record]"]]:
-    """An engine, a member of team 1 that is loaded, and a connection to change that."""
+    """An engine, a member of team 1 that is loaded, and a connection to change that.
+
+    Args:
+        through: what the engine's connections go through.
+    """
+    asked = dsn if through is None else dsn.replace(f":{through.upstream}/", f":{through.port}/")
     admin = await asyncpg.connect(dsn)
     try:
         await admin.execute(SCHEMA)
         await admin.execute(f"create policy further on papers as restrictive using ({policy})")
-        async with Database(dsn) as database:
+        async with Database(asked) as database:
             asking = Asking(database.transaction, ["authenticated"])
             tables = ["public.papers"]
             engine = PolicyEngine(tables, ["authenticated"], {}, Catalog(database.transaction), asking)
@@ -110,3 +117,32 @@ async def test_whoever_reads_on_is_told_from_where_on_it_sees_otherwise(database
         verdicts = await engine.verdicts(entries, bob)
         papers = {"public.papers"}
         assert [verdict.changed for verdict in verdicts] == [set(), papers, set(), papers, set()]
+
+
+async def test_that_postgres_does_not_answer_is_told_once_until_it_does(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[tuple[str, bool]]:
+        """What the bridge has logged since the last time, and whether with a traceback."""
+        found = [(r.getMessage(), bool(r.exc_info)) for r in caplog.records if r.name.startswith("realtime_bridge")]
+        caplog.clear()
+        return found
+
+    async with (
+        Proxy(urlsplit(database).port or 0) as proxy,
+        engine_of(database, "is_member(team)", through=proxy) as (engine, _, _),
+    ):
+        for number in (1, 2):
+            proxy.refuses = True
+            proxy.cut()
+            for _ in range(2):
+                engine.part()
+                await engine.load([engine.join(CLAIMS)])
+                await engine.audience([paper(number)])
+            assert told() == [("Postgres cannot be asked what users see", False)]
+            await engine.reload("*")
+            assert told() == [("policies could not be read", False)]
+            proxy.refuses = False
+            await engine.reload("*")
+            await engine.load([engine.join(CLAIMS)])
+            assert told() == []
