@@ -19,8 +19,6 @@ from tests.oracle.world import KEYS, Facts, Row, User
 
 _SHOWN: Final = 30
 """Messages shown of a client that something is wrong with."""
-_PER_CHANGE: Final = 2
-"""Resyncs for one change of what is seen: a bridge may find it in the database before it comes to it in the history."""
 _FOUND: Final = timedelta(seconds=1.5)
 """For so long one bridge may have found in the database what another has yet to find, or to come to in the history:
 whoever goes from one to the other then sees otherwise each time, and is told."""
@@ -256,9 +254,10 @@ class Judge:
                     found[table, "bulk"] += 1
                 else:
                     found[table, "truncated"] += commit.truncated.count(table)
-                if _may_change_view(commit, before, user, table):
+                if (changes := _changes_of_view(commit, before, user, table)) > 0:
                     links_meanwhile = sum(commit.at <= at < commit.at + _FOUND for at in links)
-                    found[table, "visibility_changed"] += _PER_CHANGE + links_meanwhile
+                    # A bridge may find it in the database, before it comes to each change in the history.
+                    found[table, "visibility_changed"] += 1 + changes + links_meanwhile
         return found
 
 
@@ -270,14 +269,17 @@ def _shown(told: Sequence[Told]) -> list[Told]:
     ]
 
 
-def _may_change_view(commit: Commit, before: Commit, user: User, table: str) -> bool:
-    """Whether a commit has changed what a user sees of a table, or may have, for all that the history tells."""
-    if commit.facts.about(user, table) != before.facts.about(user, table):
-        return True
+def _changes_of_view(commit: Commit, before: Commit, user: User, table: str) -> int:
+    """How many changes of a commit change what a user sees of a table, or may, for all that the history tells.
+
+    Each is one of its own to a reader whose poll is answered between two of them.
+    """
+    if commit.facts.about(user, table) is None:
+        return 0
+    is_altered = table == "public.documents" and commit.facts.policy != before.facts.policy
     members = [change for change in commit.changes if change.table == "public.members"]
-    mentioned = {(change.new or change.old or {})["user_id"] for change in members}
-    rests_on_members = commit.facts.about(user, table) is not None
-    return rests_on_members and (user.id in mentioned or (commit.is_bulk and bool(members)))
+    own = [change for change in members if (change.new or change.old or {})["user_id"] == user.id]
+    return is_altered + (bool(members) if commit.is_bulk else len(own))
 
 
 def _tells(message: Message, change: RowChange) -> bool:

@@ -251,11 +251,15 @@ class Writer:
             await work.update("public.posts", key, body=body)
 
     async def _join_or_leave(self, work: Work) -> None:
-        key = (self._random.choice(_IDS), self._random.choice(TEAMS))
-        if key in work.rows["public.members"]:
-            await work.delete("public.members", key)
-        else:
-            await work.insert("public.members", user_id=key[0], team=key[1])
+        """Some memberships of one user, with what else there is between them."""
+        who = self._random.choice(_IDS)
+        for team in self._random.sample(TEAMS, self._random.choice([1, 1, 1, 2, 3])):
+            if (who, team) in work.rows["public.members"]:
+                await work.delete("public.members", (who, team))
+            else:
+                await work.insert("public.members", user_id=who, team=team)
+            if self._random.random() < 0.5:
+                await self._insert(work)
 
     async def _change_policy(self, work: Work) -> None:
         await work.alter_policy(self._random.randrange(len(POLICIES)))
@@ -266,4 +270,9 @@ class Writer:
             await self._insert(work)
 
     async def _truncate(self, work: Work) -> None:
-        await work.truncate(self._random.choice(_ROWS))
+        """Also what was written since the table was truncated before."""
+        table = self._random.choice(_ROWS)
+        await work.truncate(table)
+        while self._random.random() < 0.3:
+            await self._insert(work)
+            await work.truncate(table)
