@@ -152,15 +152,15 @@ class _End(asyncio.Protocol):
     def pass_on(self) -> None:
         """Give the other end what is due, and come back for the rest."""
         out = self.other._transport
-        if out is None or out.is_closing() or self._link.proxy.is_deaf:
+        if out is None or self._link.proxy.is_deaf:
             return
-        while self._waiting and self._waiting[0][0] <= self._loop.time():
+        while self._waiting and self._waiting[0][0] <= self._loop.time() and not out.is_closing():
             data = self._waiting.popleft()[1]
             if data:
                 out.write(data)
             else:
                 out.close()
-        if self._waiting and self._timer is None:
+        if self._waiting and self._timer is None and not out.is_closing():
             self._timer = self._loop.call_at(self._waiting[0][0], self._come_back)
 
     def _come_back(self) -> None:
