@@ -22,6 +22,7 @@ async def chaos(stage: Stage, faults: Iterable[Fault], seconds: float) -> AsyncI
             return
         await asyncio.sleep(chance.uniform(*_BEFORE))
         yield fault.name, await suffer(stage, fault, chance)
+        stage.judge.violations += stage.tracebacks
 
 
 async def suffer(stage: Stage, fault: Fault, chance: random.Random) -> Times:

@@ -174,6 +174,12 @@ class Stage:
             found[copy.transport] += copy.resumed
         return found
 
+    @property
+    def tracebacks(self) -> list[str]:
+        """Exceptions that bridges have logged: whatever breaks around them, they are to know what to do."""
+        lines = [line for replica in self.replicas for line in replica.bridge.log.splitlines()]
+        return [line for line in lines if '"exception":' in line]
+
     def report(self) -> str:
         """What is wrong, for people, with the seed and what the bridges have logged."""
         shown = self.judge.violations[:_VIOLATIONS_SHOWN]

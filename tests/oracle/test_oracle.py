@@ -27,6 +27,7 @@ def have_resumed(it: Stage) -> bool:
 
 def check(it: Stage) -> None:
     assert not it.judge.violations, it.report()
+    assert not it.tracebacks
     assert have_resumed(it), it.resumed
 
 
