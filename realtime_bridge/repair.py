@@ -19,7 +19,7 @@ came and went unheard, say. They alone are told a `resync`.
 A source may be further behind than it takes for proven (see `supabase_link`). Then a change may still come that is
 older than what was read back: it is not told, and is another doubt.
 
-Layer: core. May import: words, canonical, pgoutput, policy.ordering, broker.base, sources.base, rows.
+Layer: core. May import: words, policy.ordering, broker.base, sources.base, rows, row_versions.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ from typing import Final, NamedTuple, NoReturn
 import orjson
 
 from realtime_bridge.broker.base import NOTE, Broker
-from realtime_bridge.canonical import family
-from realtime_bridge.change import ABSENT, Body, Change, Control, Image, Operation, Relation, Value
+from realtime_bridge.change import ABSENT, Body, Change, Control, Image, Operation, Relation
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError
-from realtime_bridge.policy.ordering import OrderKey, is_ordered, order_key
-from realtime_bridge.rows import Note, RowIndex, decode_row, field_of, is_incomplete, is_left_out
+from realtime_bridge.policy.ordering import OrderKey
+from realtime_bridge.row_versions import differs, is_older, short, version
+from realtime_bridge.rows import Note, RowIndex, decode_row, field_of, is_incomplete
 from realtime_bridge.sources.base import TableReader
 
 logger = logging.getLogger(__name__)
@@ -322,7 +322,7 @@ class Repairer:
                     return
                 changes = await self._changes(reading, names[start : start + _TOLD_AT_ONCE])
                 await self._append([*([] if start else [_resync(table, reading.since)]), *changes])
-                told.rows.update(_fields(relation, [_short(c.new) for c in changes if c.new is not None]))
+                told.rows.update(_fields(relation, [short(c.new) for c in changes if c.new is not None]))
                 count += len(changes)
                 self._state.told += len(changes)
         if self._rows.touched.get(table) is reading.touched:
@@ -373,59 +373,11 @@ class Repairer:
         return told is None or is_incomplete(text) or differs(relation, self._limits.column, told, row)
 
     def _order(self, relation: Relation, row: Image | None) -> OrderKey:
-        return () if row is None else _version(relation, self._limits.column, row)
+        return () if row is None else version(relation, self._limits.column, row)
 
 
 def _resync(table: str, since: int | None = None) -> Control:
     return Control("resync", table, "upstream_gap", commit_time=time.time_ns() // 1000, since=since)
-
-
-def differs(relation: Relation, column: str, told: Image, row: Image) -> bool:
-    """Whether a row as it stands may be another than the one that was told, which the index has without long texts."""
-    short = _short(row)
-    pairs = zip(relation.columns, told, short, strict=True)
-    return any(not _is_same(c.type, before, after) for c, before, after in pairs) or (
-        ABSENT in short and short[relation.index[column]] in (None, ABSENT)
-    )
-
-
-def is_older(relation: Relation, column: str, one: Image, other: Image) -> bool:
-    """Whether a row's repair column says that it is older than another; False if it cannot tell."""
-    before, after = (_version(relation, column, row) for row in (one, other))
-    return bool(before and after) and before < after
-
-
-def _version(relation: Relation, column: str, row: Image) -> OrderKey:
-    """What compares as a row's repair column does; empty if that says nothing."""
-    text, type_ = row[relation.index[column]], family(relation.columns[relation.index[column]].type)
-    if not isinstance(text, str) or type_ is None or not is_ordered(type_):
-        return ()
-    try:
-        return order_key(type_, text)
-    except ValueError:
-        return ()
-
-
-def _is_same(type_: str, one: Value, other: Value) -> bool:
-    """Whether two texts are of one value: a source that speaks JSON writes some otherwise than Postgres does."""
-    if one == other or not (isinstance(one, str) and isinstance(other, str)):
-        return one == other
-    try:
-        if type_ in ("json", "jsonb"):
-            return _canonical_json(one) == _canonical_json(other)
-        if type_ in ("numeric", "float4", "float8"):
-            return float(one) == float(other)
-        return is_ordered(type_) and order_key(type_, one) == order_key(type_, other)
-    except ValueError:
-        return False
-
-
-def _canonical_json(text: str) -> bytes:
-    return orjson.dumps(orjson.loads(text), option=orjson.OPT_SORT_KEYS)
-
-
-def _short(row: Image) -> Image:
-    return tuple(ABSENT if is_left_out(value) else value for value in row)
 
 
 def _layout(relation: Relation) -> tuple[list[str], tuple[int, ...]]:

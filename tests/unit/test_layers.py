@@ -20,7 +20,7 @@ LAYERS = [
         ],
     ),
     ("adapters", ["auth", "jwks", "tickets", "database", "policy", "sources", "broker"]),
-    ("core", ["ingest", "rows", "rights", "seeding", "repair", "hub", "guarantee"]),
+    ("core", ["ingest", "rows", "row_versions", "rights", "seeding", "repair", "hub", "guarantee"]),
     ("edges", ["transports", "rest"]),
     ("whole", ["bridge", "parts", "background", "routes", "app", "server", "checks", "dev", "cli", "__main__"]),
 ]

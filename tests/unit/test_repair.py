@@ -20,6 +20,7 @@ from realtime_bridge.errors import SourceError
 from realtime_bridge.hub.subscription import form_of
 from realtime_bridge.ingest import Ingest
 from realtime_bridge.repair import RepairLimits
+from realtime_bridge.row_versions import differs
 from realtime_bridge.rows import Note
 from realtime_bridge.sources.base import TEXT_BYTES, SourceBatch
 from realtime_bridge.wire.native import Form
@@ -420,7 +421,7 @@ def test_values_that_json_changes_on_its_way_are_compared_by_what_they_mean(
     type_: str, told_text: str | None, text: str | None, is_other: bool
 ) -> None:
     relation = replace(POSTS, columns=(Column("id", "int8"), Column("at", "int8"), Column("value", type_)))
-    assert repair.differs(relation, "at", ("1", "1", told_text), ("1", "1", text)) is is_other
+    assert differs(relation, "at", ("1", "1", told_text), ("1", "1", text)) is is_other
 
 
 # -- what cannot be proven ---------------------------------------------------------------------------------------------
