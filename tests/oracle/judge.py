@@ -20,8 +20,8 @@ from tests.oracle.world import KEYS, Facts, Row, User
 _SHOWN: Final = 30
 """Messages shown of a client that something is wrong with."""
 _FOUND: Final = timedelta(seconds=1.5)
-"""For so long one bridge may have found in the database what another has yet to find, or to come to in the history:
-whoever goes from one to the other then sees otherwise each time, and is told."""
+"""After a bridge has come, in the history, to what another has found in the database, others may for so long have yet
+to come to it: whoever goes from one to the other until then sees otherwise each time, and is told."""
 _NEW_HISTORY: Final = frozenset({"history_gone", "upstream_gap"})
 """Reasons after which changes may be told again."""
 
@@ -51,6 +51,7 @@ class _Book:
         seen: the changes that were told.
         proven: the newest commit of which the copy was told that it has everything up to there.
         links: when each began to tell, since the last review.
+        proofs: since then, when it was told that it has everything, and up to which commit.
         here: subscription → those told on the newest link.
         resyncs: (table, reason) → how many were told.
         told_at: the same → position and link of the last one.
@@ -65,6 +66,7 @@ class _Book:
         self.proven = 0
         self.link = 0
         self.links: list[datetime] = []
+        self.proofs: list[tuple[datetime, int]] = []
         self.here: dict[str, list[Place]] = defaultdict(list)
         self.resyncs: Counter[tuple[str, str]] = Counter()
         self.told_at: dict[tuple[str, str], tuple[str, int]] = {}
@@ -92,8 +94,9 @@ class Judge:
         for copy in copies:
             book = self._hear(copy)
             self._find_missing(copy, book)
-            self._charge(copy, book, self._reasons(copy.user, self._reviewed, book.links))
+            self._charge(copy, book, self._reasons(copy.user, self._reviewed, book))
             book.links.clear()
+            book.proofs.clear()
         self._granted.clear()
         self._reviewed = self._truth.newest.number
 
@@ -213,6 +216,7 @@ class Judge:
                 copy, f"told to be complete, without {change} of commit {place.commit} as {form}: {told.message}"
             )
         book.proven = max(book.proven, last)
+        book.proofs.append((told.at, last))
 
     def _find_missing(self, copy: Copy, book: _Book) -> None:
         newest = self._truth.newest.number
@@ -244,7 +248,7 @@ class Judge:
         book.excuses, book.resyncs = reasons - used, Counter()
         book.told_to_read = [one for one in book.told_to_read if one.begun > self._reviewed]
 
-    def _reasons(self, user: User, after: int, links: Sequence[datetime]) -> Counter[tuple[str, str]]:
+    def _reasons(self, user: User, after: int, book: _Book) -> Counter[tuple[str, str]]:
         """(table, reason) → how many resyncs what was committed after a number, and what faults did, excuse."""
         found: Counter[tuple[str, str]] = Counter()
         for table in user.tables:
@@ -255,9 +259,8 @@ class Judge:
                 else:
                     found[table, "truncated"] += commit.truncated.count(table)
                 if (changes := _changes_of_view(commit, before, user, table)) > 0:
-                    links_meanwhile = sum(commit.at <= at < commit.at + _FOUND for at in links)
                     # A bridge may find it in the database, before it comes to each change in the history.
-                    found[table, "visibility_changed"] += 1 + changes + links_meanwhile
+                    found[table, "visibility_changed"] += 1 + changes + _links_meanwhile(commit, book)
         return found
 
 
@@ -267,6 +270,12 @@ def _shown(told: Sequence[Told]) -> list[Told]:
     return [one for one, now, then in zip(told, quiet, [*quiet[1:], False], strict=True) if not (now and then)][
         -_SHOWN:
     ]
+
+
+def _links_meanwhile(commit: Commit, book: _Book) -> int:
+    """How many links began while some bridges had found a commit, and others not."""
+    told_at = next((at for at, proven in book.proofs if proven >= commit.number), None)
+    return sum(commit.at <= at and (told_at is None or at < told_at + _FOUND) for at in book.links)
 
 
 def _changes_of_view(commit: Commit, before: Commit, user: User, table: str) -> int:
