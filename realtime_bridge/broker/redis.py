@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, NoReturn, Self
+from typing import Final, NamedTuple, NoReturn, Self
 
 from realtime_bridge.broker.base import (
     MOST_SIGHTS,
@@ -110,7 +110,7 @@ class RedisBroker:
         self._sent_in = ""
         self._sent: set[str] = set()
         self._given_up: deque[str] = deque(maxlen=_GIVEN_UP_KEPT)
-        self._term: tuple[str, Mark] | None = None  # the token, and the end of the history as its holder knows it
+        self._term: _Term | None = None
 
     async def __aenter__(self) -> Self:
         await self._link.open()
@@ -137,10 +137,10 @@ class RedisBroker:
             random_part = secrets.token_hex(8)
             given_up = " ".join(self._given_up)
             try:
-                status, result = await self._link.script("acquire", random_part, int(ttl * 1000), given_up)
+                status, result, *nonce = await self._link.script("acquire", random_part, int(ttl * 1000), given_up)
                 if status == b"ok":
                     token, head = str(result.decode()), (await self._history.view()).head
-                    self._term = token, (head.epoch, head.number, head.id)
+                    self._term = _Term(token, (head.epoch, head.number, head.id), nonce[0].decode())
                     return token
             except BaseException:
                 self._given_up.append(random_part)
@@ -208,21 +208,23 @@ class RedisBroker:
         if not self._history.trail.epoch:
             await self._history.view()
         for _ in range(_TRIES):
-            mark = self._mark(batch.token)
-            known = self._sent if self._sent_in == mark[0] else set()
-            arguments = batch.arguments(mark, self._limits, known)
+            term = self._term_of(batch.token)
+            known = self._sent if self._sent_in == term.mark[0] else set()
+            arguments = batch.arguments(term, self._limits, known)
             answer = await self._link.script("append", *arguments, tables=batch.tables, carries=batch.size)
             status, head = parse_head(answer)
             if status == "ok":
-                self._note(head, batch, mark)
-                self._term = batch.token, (head.epoch, head.number, head.id)
+                self._note(head, batch, term.mark)
+                self._term = _Term(batch.token, (head.epoch, head.number, head.id), batch.nonce)
                 return head
             if status == "lease":
                 raise LeaseLostError("another process leads")
+            if status == "lost":
+                raise LeaseLostError("Redis has lost what was appended last")
             if status == "relations":
                 self._sent = set()
             else:
-                await self._settle(batch.token, mark, status)
+                await self._settle(batch.token, term.mark, status)
         raise BrokerError("Redis: the history changes faster than it can be appended to")
 
     def _note(self, head: Head, batch: "_Batch", mark: Mark) -> None:
@@ -237,9 +239,11 @@ class RedisBroker:
         elif trail.mark == mark:
             trail.forget()  # others have appended since it was made: to be learned anew
 
-    def _mark(self, token: str) -> Mark:
+    def _term_of(self, token: str) -> "_Term":
         """What an append continues: where its term stands, whatever else this process has followed meanwhile."""
-        return self._term[1] if self._term is not None and self._term[0] == token else self._history.trail.mark
+        if self._term is not None and self._term.token == token:
+            return self._term
+        return _Term(token, self._history.trail.mark)
 
     async def _settle(self, token: str, mark: Mark, status: str) -> None:
         """Find out how today's history relates to what an append would continue, in a new epoch if need be.
@@ -249,7 +253,7 @@ class RedisBroker:
         """
         epoch, number, newest_id = mark
         view = await self._history.view()
-        if view.head.epoch == epoch and status == "fork" and self._mark(token) == mark:
+        if view.head.epoch == epoch and status == "fork" and self._term_of(token).mark == mark:
             # What is followed does not show it: nobody can tell what was lost.
             await self._link.script("fork", epoch, -1, "")
             view = await self._history.view()
@@ -257,9 +261,10 @@ class RedisBroker:
             return
         common = view.lineage.common(epoch)
         if common is not None and common >= number:
-            self._term = token, (view.head.epoch, number, newest_id)
+            self._term = _Term(token, (view.head.epoch, number, newest_id))
             return
-        self._term = token, (view.head.epoch, view.head.number, view.head.id)  # from where the source begins anew
+        # From where the source begins anew.
+        self._term = _Term(token, (view.head.epoch, view.head.number, view.head.id))
         raise ForkError(common or 0)
 
     async def rows(self, table: str, fields: Sequence[str]) -> list[bytes | None]:
@@ -358,11 +363,25 @@ class RedisBroker:
         return (await self.info()).durability
 
 
+class _Term(NamedTuple):
+    """A term of leading.
+
+    Attributes:
+        mark: the end of the history, as the one who leads knows it.
+        nonce: of the newest append, which may have brought no entry; empty if that is not known.
+    """
+
+    token: str
+    mark: Mark
+    nonce: str = ""
+
+
 class _Batch:
     """Bodies on their way into the history.
 
     Attributes:
         token: fencing token.
+        nonce: by which Redis knows it.
         ids: of the entries that they become.
         relations: by version, those that the bodies need.
         tables: those whose rows change in the row index.
@@ -372,9 +391,9 @@ class _Batch:
     def __init__(
         self, token: str, bodies: Sequence[Body], watermark: str, proven_until: str, rows: Sequence[RowChange]
     ) -> None:
-        nonce = secrets.token_hex(6)
+        self.nonce = secrets.token_hex(6)
         self.bodies = [encode_body(body) for body in bodies]
-        self.ids = [f"{nonce}.{ordinal}" for ordinal in range(len(bodies))]
+        self.ids = [f"{self.nonce}.{ordinal}" for ordinal in range(len(bodies))]
         self.relations: dict[str, Relation] = {}
         for body in bodies:
             if isinstance(body, Change):
@@ -383,15 +402,17 @@ class _Batch:
         self.size = sum(map(len, self.bodies)) + sum(len(row.text or b"") for row in rows)
         self._rows = rows
         self.token = token
-        self._told = (nonce, watermark, proven_until)
+        self._told = (watermark, proven_until)
 
-    def arguments(self, mark: Mark, limits: tuple[int, ...], known: Set[str]) -> list[str | bytes | int]:
+    def arguments(self, term: _Term, limits: tuple[int, ...], known: Set[str]) -> list[str | bytes | int]:
         """As lua/append.lua takes them, with the relations that Redis does not know yet."""
         places = {table: place for place, table in enumerate(reversed(self.tables))}
         new = {version: relation.encoded for version, relation in self.relations.items() if version not in known}
         return [
             self.token,
-            *mark,
+            *term.mark,
+            term.nonce,
+            self.nonce,
             *self._told,
             *limits,
             len(self.relations),

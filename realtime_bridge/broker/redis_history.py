@@ -64,6 +64,7 @@ class RedisHistory:
         self.trail = Trail()
         self.undecodable = 0
         self._link = link
+        self._epochs: frozenset[str] = frozenset()  # today's and those before it, as they were when it was last asked
         self._relations: dict[str, Relation] = {}
 
     async def view(self) -> View:
@@ -81,9 +82,12 @@ class RedisHistory:
             view = View(head, answer[6].decode(), _parse_lineage(head.epoch, answer[7]))
             if status == "fork":
                 await self._fork(head)
+            elif status == "epoch" and head.epoch in self._epochs:  # numbers beyond what is left of it mean nothing
+                await self._link.script("fork", head.epoch, head.number, head.id)
             elif status == "epoch":
                 self._adopt(view)
             else:
+                self._epochs = frozenset(name for name, _ in view.lineage.epochs)
                 if not self.trail.epoch:
                     self.trail.restart(head.epoch, head.number, [item.decode() for item in reversed(answer[8])])
                 return view

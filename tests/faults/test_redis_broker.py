@@ -2,18 +2,30 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
 
-from realtime_bridge.broker.base import Update
+from realtime_bridge.broker.base import RowChange, Update
 from realtime_bridge.broker.redis import RedisBroker
 from realtime_bridge.change import Position
 from realtime_bridge.dev.engines import EmbeddedValkey
 from realtime_bridge.errors import BrokerError, ForkError, HistoryGoneError, LeaseLostError
-from tests.contract.brokers import LIMITS, changes, entries_up_to, news, reachable, seen, until_broken, update
+from tests.contract.brokers import (
+    LIMITS,
+    POSTS,
+    change,
+    changes,
+    entries_up_to,
+    news,
+    reachable,
+    seen,
+    until_broken,
+    update,
+)
 from tests.redises import ask
 from tests.services import eventually, running
 
@@ -61,7 +73,9 @@ async def test_a_killed_redis_ends_the_follower_and_a_durable_one_goes_on(durabl
         assert await broker.watermark() == "two"
         async with broker.follow() as updates:
             again = await update(updates)
-            assert (again.epoch, again.number) == (before.epoch, 2)
+            # Whether the server has lost anything nobody can tell who has not been there.
+            assert again.epoch != before.epoch
+            assert (again.number, await broker.locate(Position(before.epoch, 2))) == (2, 2)
             await broker.append(token, changes(3))
             assert seen((await news(updates)).entries) == [3]
         assert await broker.locate(Position(before.epoch, 1)) == 1
@@ -217,6 +231,71 @@ async def settled(broker: RedisBroker) -> int:
         return 0
 
 
+# -- what nobody has seen being lost -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def falling_back() -> AsyncIterator[tuple[EmbeddedValkey, Callable[[], Awaitable[None]]]]:
+    """A server that keeps what it had at its newest `SAVE`, and what kills and starts it."""
+    with running(EmbeddedValkey(durable=True, options={"appendonly": "no", "save": "3600 100000"})) as server:
+
+        async def fall_back() -> None:
+            server.kill()
+            await asyncio.to_thread(server.start)
+
+        yield server, fall_back
+
+
+async def test_what_is_lost_while_no_bridge_runs_is_not_taken_for_what_has_its_numbers_later() -> None:
+    async with falling_back() as (server, fall_back):
+        async with broker_at(server.url) as broker:
+            token = await broker.acquire_lease(ttl=0.5)  # else it would be in the way afterwards
+            await broker.append(token, changes(1, 2), watermark="two")
+            await ask(server, "SAVE")
+            told = await broker.append(token, changes(3, 4))
+            await broker.release_lease(token)
+        await fall_back()
+        async with broker_at(server.url) as broker:
+            token = await broker.acquire_lease(ttl=60)
+            assert await broker.watermark() == "two"
+            head = await broker.append(token, changes(13, 14, 15))
+            assert [await broker.locate(Position(told.epoch, n)) for n in (1, 2, 3, 4)] == [1, 2, 2, 2]
+            assert seen(await broker.read(2)) == [13, 14, 15]
+            await broker.release_lease(token)
+            assert (await broker.append(await broker.acquire_lease(ttl=60), changes(16))).epoch == head.epoch
+
+
+async def test_what_is_lost_twice_is_not_taken_for_what_has_its_numbers_later() -> None:
+    async with falling_back() as (server, fall_back), broker_at(server.url) as broker:
+        token = await broker.acquire_lease(ttl=60)
+        await broker.append(token, changes(1, 2))
+        await ask(server, "SAVE")
+        told = await broker.append(token, changes(3, 4))
+        for number in (13, 23):
+            await fall_back()
+            with pytest.raises(ForkError):
+                await broker.append(token, changes(number))
+            await broker.append(token, changes(number, number + 1, number + 2))
+            assert await broker.locate(Position(told.epoch, 4)) == 2
+            assert seen(await broker.read(2)) == [number, number + 1, number + 2]
+
+
+async def test_rows_that_are_lost_end_the_term_in_which_they_were_written() -> None:
+    async with falling_back() as (server, fall_back), broker_at(server.url) as broker:
+        token = await broker.acquire_lease(ttl=60)
+        await broker.append(token, changes(1), rows=[RowChange("public.posts", "", b"note")])
+        await ask(server, "SAVE")
+        await broker.append(token, (), rows=[RowChange("public.posts", "[1]", b"row", only_new=True)])
+        await fall_back()
+        with pytest.raises(LeaseLostError, match="lost what was appended last"):
+            await broker.append(token, (), rows=[RowChange("public.posts", "", b"all are here")])
+        assert await broker.rows("public.posts", ["", "[1]"]) == [b"note", None]
+        await broker.release_lease(token)
+        token = await broker.acquire_lease(ttl=60)
+        await broker.append(token, (), rows=[RowChange("public.posts", "[1]", b"row")])
+        assert (await broker.append(token, changes(2))).number == 2
+
+
 # -- the notification connection alone ------------------------------------------------------------------------------
 
 
@@ -345,6 +424,25 @@ async def test_what_redis_refuses_is_told_in_words(server: EmbeddedValkey) -> No
         token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
         await broker.append(token, changes(2))
         assert seen(await broker.read(0)) == [1, 2]
+
+
+@pytest.mark.parametrize("command", ["xadd", "zadd", "xtrim", "hdel", "publish"])
+async def test_what_an_acl_has_refused_half_way_is_done_once_it_allows_it(server: EmbeddedValkey, command: str) -> None:
+    async with RedisBroker(server.url, namespace="faults", **LIMITS | {"history_size": 3}) as broker:
+        relations = [replace(POSTS, table=f"posts_{i}") for i in range(3)]
+        token = await broker.acquire_lease(ttl=60)
+        for i in range(3):
+            await broker.append(token, [change(i, relation=relations[i])])
+        await ask(server, "ACL", "SETUSER", "default", f"-{command}")
+        with pytest.raises(BrokerError, match="does not allow"):
+            await broker.append(token, changes(3), watermark="three")
+        await ask(server, "ACL", "SETUSER", "default", "+@all")
+        token = await asyncio.wait_for(broker.acquire_lease(ttl=60), 10)
+        if await broker.watermark() != "three":
+            await broker.append(token, changes(3), watermark="three")
+        head = await broker.append(token, changes(4))
+        assert head.number == 5
+        assert seen(await broker.read(3)) == [3, 4]
 
 
 async def test_a_redis_that_cannot_save_is_told_in_words() -> None:

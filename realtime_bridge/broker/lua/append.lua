@@ -1,18 +1,19 @@
 -- Append bodies as the next entries, trim, and notify. Answers a head with the status 'ok', or with the reason why
--- nothing was appended: 'lease', 'epoch', 'fork', or 'relations' (one is missing: send them all).
+-- nothing was appended: 'lease', 'epoch', 'fork', 'lost' (the newest append of the term is not there, though it brought
+-- no entry), or 'relations' (one is missing: send them all).
 -- KEYS: those that every operation has, then those of tables in the row index
--- ARGV: new epoch, token, seen epoch, seen number, seen id, nonce, watermark, proven until,
---       most entries, bytes, milliseconds kept, most bytes to notify with, most bytes of the row index,
+-- ARGV: new epoch, token, seen epoch, seen number, seen id, nonce of the newest append or '', nonce, watermark,
+--       proven until, most entries, bytes, milliseconds kept, most bytes to notify with, most bytes of the row index,
 --       count of versions used, count of relations, count of bodies, count of row changes,
 --       versions…, (version, relation)…, bodies…, (table: 0 for the last of KEYS, what to do, field, text)…
 local MOST_TRIMMED = 20000
 local state = load_state()
-local token, nonce, watermark, proven = ARGV[2], ARGV[6], ARGV[7], ARGV[8]
+local token, newest_nonce, nonce, watermark, proven = ARGV[2], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local most, most_bytes, most_time, most_notified, most_indexed =
-  tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+  tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
 local versions, relations, count, row_changes =
-  tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
-local first_version = 18
+  tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
+local first_version = 19
 local first_relation = first_version + versions
 local first_body = first_relation + 2 * relations
 local first_row = first_body + count
@@ -20,6 +21,7 @@ local first_row = first_body + count
 if state.nonce == nonce then return head('ok', state) end -- the same call again: it had happened
 local status = verify(state, ARGV[3], tonumber(ARGV[4]), ARGV[5])
 if state.token ~= token and (state.token ~= '' or status ~= 'epoch') then status = 'lease' end
+if status == 'ok' and newest_nonce ~= '' and newest_nonce ~= state.nonce then status = 'lost' end
 if status ~= 'ok' then return head(status, state) end
 
 local brought = {}

@@ -1,6 +1,7 @@
 -- What every operation shares: this text stands before each of them, and before it PUBLISH, the command to notify with.
 -- All keys carry one hash tag, so that they lie in one slot of a cluster. An operation checks everything before its
--- first write: a script that fails half way would leave its first half behind.
+-- first write: a script that fails half way would leave its first half behind. (What an ACL refuses it cannot know: see
+-- acquire.)
 local STATE, HISTORY, RELATIONS, USED, EPOCHS, LEASE, RELEASED, TICKETS, TOUCHED, SIGHTS, TOLD, INDEX = unpack(KEYS)
 local NEW_EPOCH = ARGV[1] -- the name to use, should this operation have to make an epoch
 local EPOCHS_KEPT = 64
@@ -15,11 +16,17 @@ local function name_epoch(epoch, fork)
   redis.call('LTRIM', EPOCHS, 0, EPOCHS_KEPT - 1)
 end
 
+-- Which run of which server this is; '' where the user may not ask.
+local function run_of_server()
+  local info = redis.pcall('INFO', 'server')
+  return type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
+end
+
 -- The state; one that is gone makes an epoch without parent, in which nothing older counts.
 local function load_state()
   local v = redis.call('HMGET', STATE, 'epoch', 'number', 'id', 'bytes', 'time', 'token', 'nonce', 'watermark', 'proven')
   if not v[1] then
-    redis.call('HSET', STATE, 'epoch', NEW_EPOCH, 'number', '0')
+    redis.call('HSET', STATE, 'epoch', NEW_EPOCH, 'number', '0', 'run', run_of_server())
     redis.call('DEL', HISTORY, RELATIONS, USED, EPOCHS, LEASE, SIGHTS, TOLD, INDEX)
     name_epoch(NEW_EPOCH, '')
     v = {NEW_EPOCH}
@@ -63,6 +70,15 @@ end
 local function notify(state, start, count, previous, nonce, lengths, bodies)
   local header = {state.epoch, text(start), text(count), previous == '' and '-' or previous, nonce, state.proven}
   redis.call(PUBLISH, HISTORY, table.concat(header, ' ') .. ' ' .. table.concat(lengths, ' ') .. '\n' .. bodies)
+end
+
+-- Go over to a new epoch, which has everything of today's up to a number, or, below 0, nothing that is known of.
+local function leave_epoch(state, number)
+  state.epoch = NEW_EPOCH
+  redis.call('HSET', STATE, 'epoch', NEW_EPOCH)
+  if number < 0 then redis.call('DEL', EPOCHS) end
+  name_epoch(NEW_EPOCH, number < 0 and '' or text(number))
+  notify(state, state.number + 1, 0, state.id, '-', {}, '')
 end
 
 -- Remember when a ticket was touched: whatever operation it is of, the ticket is ARGV[2].

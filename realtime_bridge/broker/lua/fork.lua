@@ -3,10 +3,6 @@
 local state = load_state()
 local number = tonumber(ARGV[3])
 if state.epoch == ARGV[2] and (number < 0 or verify(state, ARGV[2], number, ARGV[4]) == 'ok') then
-  state.epoch = NEW_EPOCH
-  redis.call('HSET', STATE, 'epoch', NEW_EPOCH)
-  if number < 0 then redis.call('DEL', EPOCHS) end
-  name_epoch(NEW_EPOCH, number < 0 and '' or text(number))
-  notify(state, state.number + 1, 0, state.id, '-', {}, '')
+  leave_epoch(state, number)
 end
 return state.epoch
