@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from redis.asyncio import Redis
 
 from realtime_bridge.broker.base import SIGHT_SECONDS, SIGHTS_OF_A_TABLE, Broker, Head, Sight, Update
 from realtime_bridge.broker.memory import MemoryBroker
-from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Position, Relation, encode_body
+from realtime_bridge.change import ABSENT, Body, Change, Column, Control, Entry, Position, Relation, encode_body
 from realtime_bridge.errors import BrokerError, HistoryGoneError, LeaseLostError
 from tests.contract.brokers import (
     LIMITS,
@@ -80,6 +81,22 @@ async def test_reading_is_limited_by_entries_and_by_bytes_but_gives_at_least_one
         assert seen(await broker.read(150, limit=30, max_bytes=2 * size)) == [151, 152]
         assert seen(await broker.read(190)) == list(range(191, 201))
         assert await broker.read(200) == await broker.read(300) == []
+
+
+async def test_reading_gives_all_that_fits_however_sizes_are_mixed(brokers: OpenBrokers) -> None:
+    small, large = dict.fromkeys(range(1, 301), 10), dict.fromkeys((131, 133, 190, 262, 263), 5000)
+    async with brokers() as [broker]:
+        token = await broker.acquire_lease(ttl=30)
+        await broker.append(token, [change(number, size) for number, size in (small | large).items()])
+        entries = await broker.read(0)
+        assert seen(entries) == list(range(1, 301))
+        for after, limit, most in product((0, 66, 130, 235, 290), (1, 65, 150), (1, 1500, 9000, 30_000)):
+            expected: list[Entry] = []
+            for entry in entries[after : after + limit]:
+                if expected and sum(e.size for e in (*expected, entry)) > most:
+                    break
+                expected.append(entry)
+            assert await broker.read(after, limit=limit, max_bytes=most) == expected
 
 
 async def test_watermark_and_proof_travel_with_an_append_of_nothing(brokers: OpenBrokers) -> None:
