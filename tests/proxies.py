@@ -1,6 +1,7 @@
-"""A proxy that cuts and delays: stands between any two programs and breaks as it is told to."""
+"""A proxy that cuts, delays and narrows: stands between any two programs and breaks as it is told to."""
 
 import asyncio
+import math
 from collections import deque
 from types import TracebackType
 from typing import Self
@@ -13,12 +14,14 @@ class Proxy:
         upstream: that port; counts for new links.
         refuses: new links are broken at once.
         delay: seconds that everything takes longer, in each direction; order is kept.
+        rate: bytes that go through a link in a second, in each direction.
     """
 
     def __init__(self, upstream: int = 0) -> None:
         self.upstream = upstream
         self.refuses = False
         self.delay = 0.0
+        self.rate = math.inf
         self._is_deaf = False
         self._links: set[_Link] = set()
 
@@ -121,7 +124,8 @@ class _End(asyncio.Protocol):
             self.other.pass_on()
 
     def data_received(self, data: bytes) -> None:
-        self._due = max(self._due, self._loop.time() + self._link.proxy.delay)
+        proxy = self._link.proxy
+        self._due = max(self._due, self._loop.time() + proxy.delay) + len(data) / proxy.rate
         self._waiting.append((self._due, data))
         self.pass_on()
 

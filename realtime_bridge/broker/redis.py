@@ -271,12 +271,12 @@ class RedisBroker:
         """See `Broker.rows`."""
         if not fields:  # which HMGET refuses
             return []
-        found: list[bytes | None] = await self._link.script("rows", *fields, tables=[table])
+        found: list[bytes | None] = await self._link.sized_script("rows", *fields, tables=[table])
         return found or [None] * len(fields)
 
     async def fields(self, table: str, *, most: int) -> list[str] | None:
         """See `Broker.fields`."""
-        found = await self._link.script("fields", most, tables=[table])
+        found = await self._link.sized_script("fields", most, tables=[table])
         return None if found is None else [name.decode() for name in found if name != NOTE.encode()]
 
     async def indexed(self) -> dict[str, IndexedTable]:

@@ -95,7 +95,7 @@ class RedisHistory:
 
     async def read(self, after: int, *, limit: int, max_bytes: int) -> list[RawEntry]:
         """Read the entries after a number; see `Broker.read`."""
-        newest, *flat = await self._link.script("read", after, limit, max_bytes, carries=max_bytes)
+        newest, *flat = await self._link.sized_script("read", after, limit, most=max_bytes)
         numbers, ids, previous, bodies = flat[::4], flat[1::4], flat[2::4], flat[3::4]
         if after < newest and (not numbers or numbers[0] != after + 1):
             raise HistoryGoneError(f"entry {after + 1} is trimmed")

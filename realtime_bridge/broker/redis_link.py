@@ -40,6 +40,7 @@ from realtime_bridge.errors import BrokerError
 COMMAND_SECONDS: Final = 2.0
 _BYTES_PER_SECOND: Final = 1 << 20
 """A slower link than this to Redis is no link: commands get so much more time for what they carry."""
+_ANSWER_BYTES: Final = 1 << 20
 _CLOSE_SECONDS: Final = 1.0
 
 _KEYS: Final = (
@@ -209,6 +210,26 @@ class Link:
                     return await self._execute("EVALSHA", digest, *rest)
                 except exceptions.NoScriptError:
                     return await self._execute("EVAL", text, *rest)
+
+    async def sized_script(
+        self, name: str, *arguments: Argument, most: int = _ANSWER_BYTES, tables: Sequence[str] = ()
+    ) -> Any:
+        """Run an operation whose answer may be of any size: in place of one that is too large it tells the size.
+
+        Then it is run again, with the time that so large an answer takes.
+
+        Args:
+            name: of the file.
+            *arguments: its ARGV, after the bytes that the answer may have.
+            most: those bytes, at first.
+            tables: as in `script`.
+
+        Raises:
+            BrokerError: Redis cannot be reached or refuses.
+        """
+        while isinstance(answer := await self.script(name, most, *arguments, tables=tables, carries=most), int):
+            most = answer
+        return answer
 
     async def command(self, *arguments: Argument, seconds: float = COMMAND_SECONDS) -> Any:
         """Run a plain command on one key, or on none.

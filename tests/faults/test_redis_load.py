@@ -1,11 +1,14 @@
 """A Redis that is asked for much: large rows, over a slow link, by many at once."""
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 
+from realtime_bridge.broker.base import RowChange
 from realtime_bridge.dev.engines import EmbeddedValkey
 from tests.contract.brokers import change, changes, open_redis, seen
+from tests.proxies import Proxy
 from tests.redises import ask
 from tests.services import running
 
@@ -54,3 +57,25 @@ async def test_a_newcomer_learns_the_newest_ids_whatever_the_size_of_the_rows(
         told = (await broker.link.script("head", "", 0, ""))[8]
         assert told == ids[: len(told)]
         assert len(told) == len(ids) or sum(entry.size for entry in entries[-len(told) + 1 :]) > 4 * MIB
+
+
+async def test_what_a_slow_link_carries_for_long_arrives(server: EmbeddedValkey) -> None:
+    rows = [RowChange("public.wide", f"[{number}]", b"x" * 10_000) for number in range(700)]
+    names = [RowChange("public.long", f"[{number:010000}]", b"x") for number in range(700)]
+    async with (
+        Proxy(server.port) as proxy,
+        open_redis(server.url, "load", row_index_bytes=64 * MIB) as [leader],
+        open_redis(f"redis://127.0.0.1:{proxy.port}", "load") as [far],
+    ):
+        token = await leader.acquire_lease(ttl=60)
+        await leader.append(token, changes(1, size=7 * MIB), rows=[*rows, *names])
+        proxy.rate = 2 * MIB  # longer than the same question about little may take
+        entries, texts, fields = await asyncio.gather(
+            far.read(0),
+            far.rows("public.wide", [str(row.field) for row in rows]),
+            far.fields("public.long", most=1000),
+        )
+        assert seen(entries) == [1]
+        assert texts == [row.text for row in rows]
+        assert fields is not None
+        assert set(fields) == {row.field for row in names}

@@ -1,8 +1,9 @@
--- The entries after a number: the newest number, then number, id, previous id and body of each.
--- ARGV: new epoch, after, limit, bytes
+-- The entries after a number: the newest number, then number, id, previous id and body of each. If the first alone is
+-- larger than it may be: its size instead.
+-- ARGV: new epoch, bytes, after, limit
 local CHUNK = 64
 local state = load_state()
-local after, limit, room = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local room, after, limit = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local answer, taken, bytes = {state.number}, 0, nil -- bytes of all entries up to `after`
 
 -- How many to fetch next. Redis copies whole bodies, so several only if it is known that all of them fit.
@@ -15,13 +16,13 @@ local function count()
   return math.min(chunk_size, most)
 end
 
-while taken < limit and room > 0 do
+while taken < limit do
   local chunk = redis.call('XRANGE', HISTORY, text(after + 1), '+', 'COUNT', count())
   if #chunk == 0 then break end
   for _, entry in ipairs(chunk) do
     local fields = entry[2]
     local size = #fields[10]
-    if size > room and taken > 0 then return answer end
+    if size > room then return taken == 0 and size or answer end
     room, bytes = room - size, tonumber(fields[8]) + size
     after = tonumber(string.match(entry[1], '^%d+'))
     answer[#answer + 1] = after
