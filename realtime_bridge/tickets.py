@@ -13,6 +13,7 @@ Layer: adapters. May import: claims, errors, broker.redis_link.
 Sources: HTML Standard, "Server-sent events" (reconnection); contract.md section 4.
 """
 
+import asyncio
 import base64
 import hashlib
 import secrets
@@ -37,6 +38,10 @@ MOST_TICKETS: Final = 100_000
 """About 20 MB. A store that has more forgets those touched longest ago: their clients get a 401, and a new ticket."""
 _IDLE_SECONDS: Final = 86_400
 """Redis forgets all tickets of a namespace in which none was touched for so long."""
+_AT_ONCE: Final = 8
+"""Questions of a process to Redis, each on a connection. Who brings a ticket has shown no credential yet: however many
+do, they share these, and what the bridge itself asks of Redis never waits behind them."""
+_WAIT_SECONDS: Final = 2.0
 _ID_BYTES: Final = 16
 _KEY_BYTES: Final = 32
 _NONCE: Final = bytes(12)
@@ -199,6 +204,7 @@ class RedisTicketStore:
     def __init__(self, link: "Link", *, most: int = MOST_TICKETS) -> None:
         self._link = link
         self._most = most
+        self._turn = asyncio.Semaphore(_AT_ONCE)
 
     async def put(self, ticket_id: str, key: str) -> None:
         """See `TicketStore.put`."""
@@ -211,7 +217,14 @@ class RedisTicketStore:
 
     async def _run(self, script: str, ticket_id: str, *arguments: str | int) -> bytes | None:
         try:
+            async with asyncio.timeout(_WAIT_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise UnavailableError("too many tickets are asked about now") from None
+        try:
             answer: bytes | None = await self._link.script(script, ticket_id, _IDLE_SECONDS, *arguments)
         except BrokerError as error:
             raise UnavailableError("tickets cannot be kept now") from error
+        finally:
+            self._turn.release()
         return answer

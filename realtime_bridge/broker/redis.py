@@ -291,11 +291,11 @@ class RedisBroker:
 
     async def head(self) -> Head:
         """See `Broker.head`."""
-        return (await self._history.view()).head
+        return (await self._history.shared_view()).head
 
     async def locate(self, position: Position) -> int:
         """See `Broker.locate`."""
-        view = await self._history.view()
+        view = await self._history.shared_view()
         head, number = view.head, position.number
         if position.epoch != head.epoch:
             common = view.lineage.common(position.epoch)

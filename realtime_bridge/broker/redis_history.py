@@ -6,6 +6,7 @@ entries finds the fork, and makes the one new epoch that tells everybody else.
 Layer: adapters. May import: change, errors, broker.base, broker.redis_link, broker.trail.
 """
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class RedisHistory:
         self._link = link
         self._epochs: frozenset[str] = frozenset()  # today's and those before it, as they were when it was last asked
         self._relations: dict[str, Relation] = {}
+        self._turn = asyncio.Lock()
+        self._asked = 0
+        self._shared: View | BrokerError | None = None
 
     async def view(self) -> View:
         """Ask where the history ends. If it has forked, a new epoch stands and the trail goes back to the fork.
@@ -92,6 +96,25 @@ class RedisHistory:
                     self.trail.restart(head.epoch, head.number, [item.decode() for item in reversed(answer[8])])
                 return view
         raise BrokerError("Redis: the history changes faster than it can be followed")
+
+    async def shared_view(self) -> View:
+        """A view no older than the call. All who wait share the next one, so that any number costs two at most.
+
+        Raises:
+            BrokerError: Redis cannot be reached or refuses.
+        """
+        asked_before = self._asked
+        async with self._turn:
+            if self._asked == asked_before or self._shared is None:
+                self._asked += 1
+                self._shared = None  # stays so if this one is cancelled: then the next asks
+                try:
+                    self._shared = await self.view()
+                except BrokerError as error:
+                    self._shared = error
+            if isinstance(self._shared, BrokerError):
+                raise BrokerError(str(self._shared)) from self._shared
+            return self._shared
 
     async def read(self, after: int, *, limit: int, max_bytes: int) -> list[RawEntry]:
         """Read the entries after a number; see `Broker.read`."""

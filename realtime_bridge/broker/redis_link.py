@@ -149,6 +149,9 @@ def _options(url: RedisUrl) -> dict[str, Any]:
 class Link:
     """The way to one Redis, for one namespace.
 
+    Each command under way takes a connection, and none ever waits for one. So whoever asks for clients bounds how many
+    do at once (`RedisTicketStore`, `RedisHistory.shared_view`, `READERS` of the hub): about 20 connections in all.
+
     Attributes:
         prefix: what all keys of the namespace begin with: a hash tag, so that they share one slot of a cluster.
         name: of the history's key, and also of the channel of its notifications.
