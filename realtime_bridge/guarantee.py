@@ -137,6 +137,7 @@ class Guarantor:
         self._looks: deque[tuple[float, Flow]] = deque(maxlen=_LOOKS_KEPT)
         self._durability: Durability | None = None if ask is None else Durability()
         self.guarantee = guarantee(settings, self._durability, settings.history_seconds)
+        self._logged: Guarantee | None = None  # but for the reach, which moves with the rate of changes
 
     async def run(self) -> NoReturn:
         """Look again and again; at first, and whenever something else holds, log it."""
@@ -150,10 +151,11 @@ class Guarantor:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _look(self) -> None:
-        is_first = not self._looks
         self._looks.append((time.monotonic(), self._flow()))
-        before, self.guarantee = self.guarantee, guarantee(self._settings, self._durability, self._reach())
-        if is_first or len(before.told) != len(self.guarantee.told):
+        self.guarantee = guarantee(self._settings, self._durability, self._reach())
+        lasting = guarantee(self._settings, self._durability, self._settings.history_seconds)
+        if lasting != self._logged:
+            self._logged = lasting
             survived, told = "; ".join(self.guarantee.survived), "; ".join(self.guarantee.told)
             logger.info("what is survived, and what is told as a resync", extra={"survived": survived, "told": told})
 

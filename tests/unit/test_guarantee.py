@@ -77,3 +77,39 @@ async def test_how_long_a_reader_may_be_away_follows_the_rate_of_changes(monkeyp
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
+
+
+async def test_whatever_else_holds_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = [Durability("always"), Durability("always"), Durability("every second")]
+    found += [Durability("snapshots"), Durability("none"), Durability("none"), Durability("none", replicas=1)]
+    looks = iter(found)
+    flow = 0
+
+    async def ask() -> Durability:
+        if (durability := next(looks, None)) is None:
+            await asyncio.Event().wait()
+        assert durability is not None
+        return durability
+
+    def busier() -> Flow:
+        nonlocal flow
+        flow = 10 * flow + 1
+        return Flow(flow, 1000 * flow)
+
+    monkeypatch.setattr("realtime_bridge.guarantee._LOOK_SECONDS", 0.0)
+    caplog.set_level("INFO", "realtime_bridge.guarantee")
+    chosen = settings({**POSTGRES, "BRIDGE_HISTORY_SIZE": "1000"}, monkeypatch)
+    running = asyncio.create_task(Guarantor(chosen, ask, busier).run())
+    await eventually(lambda: next(iter(caplog.records[4:]), None))
+    running.cancel()
+    about = [vars(record)["survived"] + vars(record)["told"] for record in caplog.records]
+    words = [
+        "every append is on its disk",
+        "its newest second",
+        "its last snapshot",
+        "keeps nothing",
+        "within some seconds",
+    ]
+    assert [word in text for word, text in zip(words, about, strict=True)] == [True] * 5
