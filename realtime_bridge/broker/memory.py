@@ -253,7 +253,9 @@ class MemoryBroker:
         return [self._recall(sight, now) for sight in sights]
 
     def _recall(self, sight: Sight, now: float) -> int:
-        seen = self._sights.pop((sight.user, sight.table), {})
+        known = self._sights.pop((sight.user, sight.table), {})
+        # A clock can be set back.
+        seen = {digest: _Seen(other.since, min(other.told_at, now)) for digest, other in known.items()}
         self._sights[sight.user, sight.table] = seen
         following = self._number + 1
         own = seen.get(sight.digest)

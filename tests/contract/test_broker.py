@@ -529,14 +529,65 @@ NUMBERS = st.integers(0, 6)
 SIGHTS = st.builds(sight, DIGESTS, changed=NUMBERS | st.none(), least=NUMBERS, before=DIGESTS | st.just(""))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plan=st.lists(st.tuples(SIGHTS, st.booleans()), max_size=12))
-async def test_brokers_agree_on_what_users_see(redis_url: str, plan: list[tuple[Sight, bool]]) -> None:
-    async with open_memory() as [memory], open_redis(redis_url, f"test-{uuid.uuid4().hex}") as [redis]:
-        for one, grows in plan:
-            ends = [(await broker.head()).number + grows for broker in (memory, redis)]
-            answers = [await recall(broker, one, end=end) for broker, end in zip((memory, redis), ends, strict=True)]
+JUMPS = st.sampled_from([0, 0, 0, 100, 200, -1000])
+"""Of a clock, in seconds."""
+
+
+async def set_clock(redis_url: str, namespace: str, seconds: int) -> None:
+    """Nobody can set the clock of Redis: what it has dated is moved the other way."""
+    key = f"{{{namespace}}}:sights"
+    async with Redis.from_url(redis_url, decode_responses=True) as redis:
+        for field, text in (await redis.hgetall(key)).items():
+            words = [one.split() for one in str(text).split(";")[:-1]]
+            moved = [f"{digest} {since} {int(told) - seconds};" for digest, since, told in words]
+            await redis.hset(key, field, "".join(moved))
+
+
+class Clocked:
+    """A memory broker whose time is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.broker = MemoryBroker(**LIMITS, clock=lambda: self.now)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.tuples(SIGHTS, st.booleans(), JUMPS), max_size=12))
+async def test_brokers_agree_on_what_users_see_whatever_becomes_of_their_clocks(
+    redis_url: str, plan: list[tuple[Sight, bool, int]]
+) -> None:
+    namespace, world = f"test-{uuid.uuid4().hex}", Clocked()
+    async with open_redis(redis_url, namespace) as [redis]:
+        brokers: list[Broker] = [world.broker, redis]
+        for one, grows, jump in plan:
+            world.now += jump
+            if jump:
+                await set_clock(redis_url, namespace, jump)
+            ends = [(await broker.head()).number + grows for broker in brokers]
+            answers = [await recall(broker, one, end=end) for broker, end in zip(brokers, ends, strict=True)]
             assert answers[0] == answers[1]
+
+
+async def test_another_token_is_news_no_longer_than_otherwise_if_redis_clock_was_set_back(
+    redis_url: str, namespace: str
+) -> None:
+    async with open_redis(redis_url, namespace) as [broker]:
+        await recall(broker, sight("r.a.1"), end=5)
+        await set_clock(redis_url, namespace, -3600)
+        assert await recall(broker, sight("r.b.1"), end=20) == [21]
+        await set_clock(redis_url, namespace, int(SIGHT_SECONDS))
+        assert await recall(broker, sight("r.b.1"), end=30) == [31]  # until just now the other may have been in use
+        assert await recall(broker, sight("r.b.1"), end=40) == [31]
+
+
+async def test_another_token_is_news_no_longer_than_otherwise_if_the_clock_of_memory_was_set_back() -> None:
+    world = Clocked()
+    await recall(world.broker, sight("r.a.1"), end=5)
+    world.now -= 3600
+    assert await recall(world.broker, sight("r.b.1"), end=20) == [21]
+    world.now += SIGHT_SECONDS
+    assert await recall(world.broker, sight("r.b.1"), end=30) == [31]
+    assert await recall(world.broker, sight("r.b.1"), end=40) == [31]
 
 
 async def test_sights_of_users_and_tables_are_told_apart(brokers: OpenBrokers) -> None:
@@ -559,14 +610,6 @@ async def test_a_user_has_a_bounded_number_of_sights_in_redis(redis_url: str) ->
 async def test_no_sights_are_asked_about_at_no_cost(brokers: OpenBrokers) -> None:
     async with brokers() as (broker,):
         assert await recall(broker) == []
-
-
-class Clocked:
-    """A memory broker whose time is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-        self.broker = MemoryBroker(**LIMITS, clock=lambda: self.now)
 
 
 async def test_a_sight_that_nobody_tells_of_any_more_goes_out_of_use() -> None:

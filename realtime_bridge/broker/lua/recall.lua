@@ -31,7 +31,7 @@ local function recall(field, digest, changed, least, before, number)
   local known = redis.call('HGET', SIGHTS, field)
   for d, since, told in string.gmatch(known or '', '(%S+) (%d+) (%d+);') do
     local its_rights, its_alone = parts(d)
-    local seen = {d = d, since = tonumber(since), told = tonumber(told)}
+    local seen = {d = d, since = tonumber(since), told = math.min(tonumber(told), now)} -- a clock can be set back
     if d == digest then
       own, is_news = seen, false
     elseif d == before then
