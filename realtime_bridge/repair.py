@@ -132,7 +132,7 @@ class Repairer:
         self._token = token
         self._doubted = asyncio.Event()
         self._proved = asyncio.Event()
-        self._proven_until = 0.0
+        self._proven_until: float | None = None
         self._told: dict[str, _Told] = {}
 
     # -- what the copying of the source tells ------------------------------------------------------------------------
@@ -147,8 +147,11 @@ class Repairer:
             self._doubted.set()
 
     def prove(self, proven_until: float) -> None:
-        """Everything that was committed before is appended, but for what is in doubt."""
-        self._proven_until = max(self._proven_until, proven_until)
+        """Everything that was committed before is appended, but for what is in doubt.
+
+        The newest proof counts, be it of an earlier time: then a clock was set back, and the former means nothing now.
+        """
+        self._proven_until = proven_until
         self._proved.set()
 
     def sift(self, bodies: Sequence[Body]) -> tuple[Sequence[Body], str | None]:
@@ -190,10 +193,11 @@ class Repairer:
             await self._doubted.wait()
             self._doubted.clear()
             await self._round()
-            if self._rows.touched:
-                self._doubted.set()
-            else:
-                await self._broker.append(self._token, (), proven_until=self._proven_until)
+            async with self._rows.turn:  # so that no newer proof is told before this one
+                if self._rows.touched:
+                    self._doubted.set()
+                else:
+                    await self._broker.append(self._token, (), proven_until=self._proven_until)
             await asyncio.sleep(_PAUSE)
 
     async def _round(self) -> None:
@@ -301,7 +305,7 @@ class Repairer:
         """Wait until everything that was committed before is appended; False if that takes too long."""
         try:
             async with asyncio.timeout_at(deadline):
-                while self._proven_until < moment:
+                while self._proven_until is None or self._proven_until < moment:
                     self._proved.clear()
                     await self._proved.wait()
         except TimeoutError:

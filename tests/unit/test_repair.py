@@ -277,6 +277,24 @@ async def test_nothing_is_told_before_what_was_read_is_passed_nor_proven_before_
         assert (await scene.broker.head()).proven_until > proven_until
 
 
+async def test_what_a_clock_proved_before_it_was_set_back_proves_nothing_of_what_is_read_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with leading(monkeypatch, row(1)) as scene:
+        scene.clock[0] += 3600
+        await scene.prove()
+        scene.clock[0] -= 3600
+        await scene.prove()
+        scene.tables.put(row(1, "bob", at=2))
+        scene.tables.readings = 0
+        await scene.tell(doubts=[T])
+        await eventually(lambda: scene.tables.readings == 1)
+        await settle()
+        assert await scene.history() == []
+        await scene.prove()
+        assert len(await scene.behind(0)) == 1
+
+
 async def test_a_row_that_a_live_change_has_told_of_since_is_left_to_those(monkeypatch: pytest.MonkeyPatch) -> None:
     async with leading(monkeypatch, row(1), row(2), row(3)) as scene:
         scene.tables.content[T] = {"1": row(1, "bob", at=2), "2": row(2, "bob", at=2), "4": row(4, at=2)}
