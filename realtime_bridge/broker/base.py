@@ -181,7 +181,8 @@ class Broker(Protocol):
             token: fencing token; checked in the same step.
             bodies: at most 1000.
             watermark: stored in the same step; empty leaves the stored one as it is.
-            proven_until: as in `Head`; never moves backwards.
+            proven_until: as in `Head`; None leaves the stored one as it is. The newest proof counts, be it of an
+                earlier time: then a clock was set back.
             rows: in this order. A new field that would make the row index larger than its bound is left out; one that
                 is there may still grow.
 

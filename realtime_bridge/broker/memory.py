@@ -189,7 +189,8 @@ class MemoryBroker:
         for change in rows:
             self._index.change(change)
         self._watermark = watermark or self._watermark
-        self._proven_until = max(self._proven_until, proven_until or 0.0)
+        if proven_until is not None:
+            self._proven_until = proven_until
         self._appended = _wake(self._appended)
         return self._head()
 

@@ -108,10 +108,19 @@ async def test_watermark_and_proof_travel_with_an_append_of_nothing(brokers: Ope
             head = await leader.append(token, [], watermark="a", proven_until=1234.5678)
             assert (await update(updates)).proven_until == head.proven_until == 1234.5678
         assert await other.watermark() == "a"
-        await leader.append(token, [], watermark="b", proven_until=1000.0)
-        await leader.append(token, [], proven_until=None)
+        await leader.append(token, [], watermark="b")
         assert await other.watermark() == "b"
         assert await other.head() == head
+
+
+async def test_the_newest_proof_counts_also_where_a_clock_was_set_back(brokers: OpenBrokers) -> None:
+    async with brokers(2) as [leader, other]:
+        token = await leader.acquire_lease(ttl=5)
+        await leader.append(token, [], proven_until=5000.5)
+        async with other.follow() as updates:
+            assert (await update(updates)).proven_until == 5000.5
+            await leader.append(token, [], proven_until=1400.25)
+            assert (await update(updates)).proven_until == (await other.head()).proven_until == 1400.25
 
 
 # -- the lease -------------------------------------------------------------------------------------------------------

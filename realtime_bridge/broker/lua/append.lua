@@ -120,7 +120,7 @@ end
 if row_changes > 0 then change_rows() end
 
 if watermark ~= '' then state.watermark = watermark end
-if proven ~= '' and tonumber(proven) > tonumber(state.proven) then state.proven = proven end
+if proven ~= '' then state.proven = proven end
 redis.call('HSET', STATE, 'number', text(state.number), 'id', state.id, 'bytes', text(state.bytes),
   'time', text(state.time), 'nonce', nonce, 'watermark', state.watermark, 'proven', state.proven)
 if state.bytes - before <= most_notified then
