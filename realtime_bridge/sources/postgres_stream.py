@@ -10,6 +10,7 @@ Sources: PostgreSQL documentation, "Streaming Replication Protocol"; ProcArrayEn
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, NamedTuple, Self
@@ -205,6 +206,7 @@ class PostgresStream:
 
     async def _look_around(self) -> Moment:
         """Ask the primary how it stands. Where tables are not published, or were not for a time, it proves nothing."""
+        asked_at = time.time()
         moment = await self._ask()
         published = self._published
         if published is None:
@@ -223,7 +225,8 @@ class PostgresStream:
             return moment
         self._doubt = None
         if self._proof is None and {table.name for table in moment.published} >= set(self._tables):
-            self._proof = _Proof(moment.time, moment.written, asyncio.get_running_loop().time())
+            # Where the clocks differ, the earlier time is true by either.
+            self._proof = _Proof(min(moment.time, asked_at), moment.written, asyncio.get_running_loop().time())
         return moment
 
     def _suspect(self, tables: frozenset[NamedTable], published: int, moment: Moment) -> None:

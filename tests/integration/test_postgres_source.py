@@ -910,6 +910,17 @@ async def test_what_is_proven_was_given(db: Database) -> None:
                         break
 
 
+async def test_a_clock_of_postgres_that_is_ahead_proves_nothing_of_what_is_to_come(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_time = time.time
+    monkeypatch.setattr(time, "time", lambda: true_time() - 3600)
+    async with db.source().open(None, owner="ns/1") as stream:
+        found = await batches(stream, lambda found: sum(batch.proven_until is not None for batch in found) == 2)
+        first, second = (batch.proven_until for batch in found if batch.proven_until is not None)
+        assert first < second <= time.time()
+
+
 @pytest.mark.parametrize("rows", [1, 2000], ids=["sent whole", "sent in blocks"])
 async def test_a_commit_is_not_told_before_it_can_be_seen(namespace: str, rows: int) -> None:
     with running(EmbeddedPostgres(options={"logical_decoding_work_mem": "64kB"})) as server:
