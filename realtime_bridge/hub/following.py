@@ -71,7 +71,7 @@ class Following:
         else:
             await self._reconcile(update)
             await self._extend(update)
-        standing.prove(update.proven_until, self._loop.time())
+        standing.proof.tell(update.proven_until, self._loop.time())
 
     async def _look_back(self) -> None:
         """Hold what came lately: those who were served elsewhere come back together, and would each read it alone."""

@@ -140,12 +140,12 @@ class Hub:
     @property
     def complete_until(self) -> float | None:
         """Seconds since 1970 up to which nothing is missing here, or None if nothing is proven yet."""
-        return self._standing.proven_until or None
+        return self._standing.proof.until or None
 
     @property
     def proof_age(self) -> float | None:
         """Seconds since it was proven anew that nothing is missing here, or None if it is not proven."""
-        return self._loop.time() - self._standing.proven_at if self._standing.proven_until else None
+        return self._standing.proof.age(self._loop.time())
 
     @property
     def position(self) -> str:

@@ -4,12 +4,12 @@ Layer: core. May import: words, policy.base, hub.*.
 """
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from realtime_bridge.change import Body, Control, Position
 from realtime_bridge.hub.audience import Directory
+from realtime_bridge.hub.proof import Proof
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.hub.window import Window
 from realtime_bridge.policy.base import Policy
@@ -44,9 +44,7 @@ class Standing:
         tables: every table that can be subscribed to.
         replays: as in `Hub`.
         epoch, number: everything up to here is decided and sent to those at the end.
-        proven_until: seconds since 1970 up to which nothing is missing; 0 if nothing is proven.
-        proven_most: the most that `proven_until` ever was; a fork may have cut off what was proven.
-        proven_at: when it grew last, in the loop's time: a clock that nobody sets.
+        proof: up to when nothing is missing.
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
         reloads: grows when policies were read again; what was decided before is then thrown away.
         altered: table → when its rights were last found to be others, by the monotonic clock.
@@ -59,13 +57,11 @@ class Standing:
     replays: bool = True
     epoch: str = ""
     number: int = 0
-    proven_until: float = 0.0
-    proven_most: float = 0.0
-    proven_at: float = 0.0
     generation: int = 0
     reloads: int = 0
     following: bool = False
     altered: dict[str, float] = field(default_factory=dict)
+    proof: Proof = field(default_factory=Proof)
     window: Window = field(default_factory=lambda: Window(size=WINDOW_SIZE, max_bytes=WINDOW_BYTES))
     connections: set["Connection"] = field(default_factory=set)
     directory: Directory = field(default_factory=Directory)
@@ -88,14 +84,6 @@ class Standing:
         if not isinstance(body, Control) or body.kind != "catalog":
             return False
         return subscription.began <= self.altered.get(body.table, 0.0)
-
-    def prove(self, until: float, now: float) -> None:
-        """Something is proven up to a time, told at `now` in the loop's time."""
-        self.proven_until = until
-        if until > self.proven_most:
-            # How old it is that is met at the start only the clocks can say.
-            self.proven_at = now if self.proven_most else now - max(0.0, time.time() - until)
-            self.proven_most = until
 
     def arrive(self, subscription: Subscription) -> None:
         """A subscription has examined everything: from now on it is written to directly. Only within `turn`."""

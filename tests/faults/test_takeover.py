@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TypeAlias
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from realtime_bridge.errors import BridgeError
 from realtime_bridge.sources.postgres import ensure_publication
@@ -22,7 +24,7 @@ from tests.clocks import Clock
 from tests.contract.brokers import changes, open_redis, seen
 from tests.proxies import Proxy
 from tests.services import eventually, token
-from tests.steady import ADA, SteadyWriter, checks, follow_for_ever, grows, leads
+from tests.steady import ADA, SteadyWriter, checks, follow_for_ever, grows, leads, metric, proven
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(120)]
 
@@ -245,6 +247,20 @@ async def test_clocks_that_jump_cost_no_lease_and_hide_no_deafness(
         await connection.execute(f"drop publication {PUBLICATION}")
         await connection.close()
         await eventually(lambda: is_deaf(it.follower), RED_SECONDS)
+
+
+async def test_what_a_clock_proved_that_was_ahead_for_a_moment_is_soon_forgotten(
+    database: str, redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    async with pair(database, redis_url, namespace, tmp_path) as it, Redis.from_url(redis_url) as redis:
+        await redis.hset(f"{{{namespace}}}:state", "proven", repr(time.time() + 3600))
+        it.follower.stop()
+        it.follower.start()
+        for bridge in (it.leader, it.follower):
+            await bridge.ready()
+            await proven(bridge)
+            assert await metric(bridge, "complete_until_seconds") <= time.time()
+            assert await checks(bridge) == {}
 
 
 async def checks_pass(bridge: BridgeProcess) -> bool:
