@@ -8,17 +8,28 @@ import gc
 import logging
 import math
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from fastapi import FastAPI
 from uvicorn import Config, Server
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from realtime_bridge import logs
 from realtime_bridge.app import create_app
 from realtime_bridge.database import Database
 from realtime_bridge.errors import ConfigurationError, UnavailableError
-from realtime_bridge.parts import make_policy, make_source
+from realtime_bridge.parts import (
+    make_broker,
+    make_database,
+    make_get_user,
+    make_key_set,
+    make_policy,
+    make_source,
+    make_verifier,
+)
 from realtime_bridge.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,13 +62,20 @@ class Workers(Multiprocess):
             listening.close()
         super().terminate_all()
 
+    def run(self) -> None:
+        """Supervise them until a signal, or until one fails to start, which ends in `SystemExit`."""
+        super().run()
+        if any(process.exitcode == STARTUP_FAILURE for process in self.processes):
+            sys.exit(STARTUP_FAILURE)
+
 
 def run(*, host: str, port: int, workers: int) -> None:
     """Serve until a signal; several workers share one listening socket, and are started again when they die.
 
     Raises:
         ConfigurationError: it can never work like this.
-        UnavailableError: the database cannot be reached now.
+        UnavailableError: Postgres or Redis cannot be reached now.
+        SystemExit: with 1, if it fails to start otherwise (the port is taken, say); a log line tells why.
     """
     logs.configure()
     settings = Settings.load()
@@ -71,12 +89,15 @@ def run(*, host: str, port: int, workers: int) -> None:
     def started(bound: int) -> None:
         logger.info("listening", extra={"url": f"http://{host}:{bound}", "port": bound})
 
-    if workers > 1:
-        listening = config.bind_socket()
-        started(listening.getsockname()[1])
-        Workers(config, sockets=[listening]).run()
-    else:
-        BridgeServer(config, started=started).run()
+    try:
+        if workers > 1:
+            listening = config.bind_socket()
+            started(listening.getsockname()[1])
+            Workers(config, sockets=[listening]).run()
+        else:
+            BridgeServer(config, started=started).run()
+    except SystemExit as ended:  # uvicorn has a status of its own for this
+        sys.exit(1 if ended.code == STARTUP_FAILURE else ended.code)
 
 
 def server_config(settings: Settings, *, host: str, port: int, workers: int = 1) -> Config:
@@ -114,15 +135,15 @@ async def preflight(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: naming the variable or the SQL that mends it.
-        UnavailableError: the database cannot be reached now.
+        UnavailableError: Postgres or Redis cannot be reached now.
     """
-    if settings.database_url is not None:
-        async with Database(settings.database_url.get_secret_value()) as database:
-            await make_policy(settings, database).prepare()
-            await _check_source(settings, database)
-    else:
-        await make_policy(settings, None).prepare()
-        await _check_source(settings, None)
+    async with make_broker(settings), AsyncExitStack() as stack:
+        database = make_database(settings)
+        if database is not None:
+            await stack.enter_async_context(database)
+        await make_policy(settings, database).prepare()
+        await _check_source(settings, database)
+    make_verifier(settings, make_key_set(settings), make_get_user(settings))
 
 
 async def _check_source(settings: Settings, database: Database | None) -> None:

@@ -15,7 +15,8 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.bridges import BridgeProcess
+from realtime_bridge.sources.postgres import ensure_publication
+from tests.bridges import PUBLICATION, BridgeProcess
 from tests.clients import bearer, http, open_socket, receive, receive_data
 from tests.services import eventually, token
 from tests.ways import Way
@@ -231,3 +232,31 @@ async def test_several_workers_need_redis(database: str) -> None:
         assert "Traceback" not in bridge.log
     finally:
         bridge.forget()
+
+
+async def test_a_secret_that_is_none_stops_several_workers_before_they_begin(
+    database: str, redis_url: str, namespace: str
+) -> None:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    settings = {"REDIS_URL": redis_url, "BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": namespace.replace("-", "_")}
+    bridge = BridgeProcess(database, "--workers", "2", SUPABASE_JWT_SECRET="ssh-rsa AAAA", **settings)
+    try:
+        assert await asyncio.to_thread(bridge.run) == 2
+        assert bridge.log.splitlines()[-1].startswith("realtime-bridge: SUPABASE_JWT_SECRET is a public key")
+        assert "Traceback" not in bridge.log
+    finally:
+        bridge.forget()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_port_that_is_taken_ends_it_with_1(workers: str, database: str, redis_url: str, namespace: str) -> None:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    settings = {"REDIS_URL": redis_url, "BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": namespace.replace("-", "_")}
+    bridge = BridgeProcess(database, "--workers", workers, **settings)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bridge.port = taken.getsockname()[1]
+        try:
+            assert await asyncio.to_thread(bridge.run) == 1
+            assert "already in use" in bridge.log
+        finally:
+            bridge.forget()

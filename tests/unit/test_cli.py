@@ -95,6 +95,26 @@ def test_several_workers_need_redis(bridge: CommandLine, monkeypatch: pytest.Mon
     assert (status, "REDIS_URL is missing" in err) == (2, True)
 
 
+@pytest.mark.parametrize("url", ["foo", "http://x", "redis+sentinel://host", "redis+cluster://", "redis://h:99999"])
+def test_a_redis_url_that_can_never_work_exits_with_2_and_one_sentence(
+    url: str, bridge: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
+    monkeypatch.setenv("REDIS_URL", url)
+    status, out, err = bridge("serve")
+    assert (status, out) == (2, "")
+    assert err.startswith("realtime-bridge: REDIS_URL: ")
+    assert err.count("\n") == 1
+
+
+def test_a_redis_that_cannot_be_reached_exits_with_1_and_one_sentence(
+    bridge: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
+    monkeypatch.setenv("REDIS_URL", "redis://:hush@127.0.0.1:1/0")
+    assert bridge("serve") == (1, "", "realtime-bridge: Redis at 127.0.0.1:1 cannot be reached\n")
+
+
 def test_without_settings_there_is_nothing_to_tear_down(bridge: CommandLine) -> None:
     assert bridge("teardown") == (0, "There is nothing to drop.\n", "")
 
