@@ -94,14 +94,13 @@ class _Row(NamedTuple):
     key: Mapping[str, str]
 
 
-def tell(table: str, key: str, claims: Claims, *, as_json: bool) -> int:
+def tell(settings: Settings, table: str, key: str, claims: Claims, *, as_json: bool) -> int:
     """Print the reasons: the exit status.
 
     Raises:
         ConfigurationError: the settings do not suffice.
         BridgeError: there is no such row, or it cannot be looked at.
     """
-    settings = Settings.load(whole=False)
     if settings.database_url is None:
         raise ConfigurationError("DATABASE_URL is missing: `why` reads the row there, and asks Postgres.")
     if table not in settings.tables:

@@ -18,25 +18,41 @@ def token(
     ttl: Annotated[float, typer.Option(help="Seconds until it ends.", min=1)] = 3600,
     claim: Annotated[list[str] | None, typer.Option(help="A further claim, `name=JSON` or `name=text`.")] = None,
 ) -> None:
-    """Print a token signed with SUPABASE_JWT_SECRET."""
+    """Print a token signed with SUPABASE_JWT_SECRET, for BRIDGE_AUDIENCE and by BRIDGE_ISSUER."""
     settings = Settings.load(whole=False)
     if settings.supabase_jwt_secret is None:
         raise ConfigurationError("SUPABASE_JWT_SECRET is missing: nothing to sign with.")
-    claims = dict(_parse(text) for text in claim or ())
-    print(make_token(settings.supabase_jwt_secret.get_secret_value(), sub, role=role, ttl=ttl, **claims))
+    claims = make_claims(
+        sub,
+        role=role,
+        ttl=ttl,
+        audience=settings.audience,
+        issuer=settings.issuer,
+        further=dict(_parse(text) for text in claim or ()),
+    )
+    print(make_token(settings.supabase_jwt_secret.get_secret_value(), claims))
 
 
-def make_token(secret: str, sub: str | None, *, role: str, ttl: float, **claims: object) -> str:
+def make_token(secret: str, claims: Mapping[str, object]) -> str:
     """An HS256 token as Supabase issues them."""
-    return jwt.encode(make_claims(sub, role=role, ttl=ttl, further=claims), secret, algorithm="HS256")
+    return jwt.encode(dict(claims), secret, algorithm="HS256")
 
 
-def make_claims(sub: str | None, *, role: str, ttl: float, further: Mapping[str, object]) -> dict[str, object]:
+def make_claims(
+    sub: str | None,
+    *,
+    role: str,
+    ttl: float,
+    audience: str = "authenticated",
+    issuer: str | None = None,
+    further: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     """What such a token says; `further` claims are added, or replace what is there."""
     now = int(time.time())
-    audience = {} if role == "anon" else {"aud": "authenticated"}
+    aud = {} if role == "anon" else {"aud": audience}
+    iss = {} if issuer is None else {"iss": issuer}
     subject = {} if sub is None else {"sub": sub}
-    return {**audience, **subject, "role": role, "iat": now, "exp": now + int(ttl), **further}
+    return {**iss, **aud, **subject, "role": role, "iat": now, "exp": now + int(ttl), **(further or {})}
 
 
 def _parse(text: str) -> tuple[str, object]:

@@ -7,6 +7,7 @@ import typer
 
 from realtime_bridge.claims import Claims
 from realtime_bridge.cli.token import make_claims
+from realtime_bridge.settings import Settings
 
 _TTL_SECONDS: Final = 3600
 
@@ -30,10 +31,11 @@ def why(
     """
     from realtime_bridge.cli.reasons import tell  # the other commands start without it
 
-    raise typer.Exit(tell(table, key, _claims(user, role, claims), as_json=as_json))
+    settings = Settings.load(whole=False)
+    raise typer.Exit(tell(settings, table, key, _claims(settings, user, role, claims), as_json=as_json))
 
 
-def _claims(user: str | None, role: str | None, further: str) -> Claims:
+def _claims(settings: Settings, user: str | None, role: str | None, further: str) -> Claims:
     """The claims of a token that `realtime-bridge token` would make."""
     try:
         parsed = orjson.loads(further)
@@ -44,4 +46,7 @@ def _claims(user: str | None, role: str | None, further: str) -> Claims:
     if {"sub", "role"} & parsed.keys():
         raise typer.BadParameter("sub and role have options of their own", param_hint="--claims")
     named = role or ("anon" if user is None else "authenticated")
-    return Claims(make_claims(user, role=named, ttl=_TTL_SECONDS, further=parsed), named, user, None)
+    values = make_claims(
+        user, role=named, ttl=_TTL_SECONDS, audience=settings.audience, issuer=settings.issuer, further=parsed
+    )
+    return Claims(values, named, user, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from realtime_bridge.claims import Claims
-from realtime_bridge.cli.token import make_token
+from realtime_bridge.cli.token import make_claims, make_token
 
 TOKEN_SECONDS: Final = 86_400
 KEY_SECONDS: Final = 10 * 365 * 86_400
@@ -40,7 +40,8 @@ class SampleUser:
 
     def token(self, secret: str) -> str:
         """A token that is good for a day from now."""
-        return make_token(secret, self.id, role=_ROLE, ttl=TOKEN_SECONDS, email=self.email)
+        further = {"email": self.email}
+        return make_token(secret, make_claims(self.id, role=_ROLE, ttl=TOKEN_SECONDS, further=further))
 
     def describe(self, secret: str) -> dict[str, str]:
         """The user with a fresh token, as `--print-env` and the page have it."""
@@ -55,4 +56,4 @@ def sample_users(count: int) -> list[SampleUser]:
 
 def api_key(secret: str, role: str) -> str:
     """A project's key of role `anon` or `service_role`, in the form of a token, as Supabase's older ones are."""
-    return make_token(secret, None, role=role, ttl=KEY_SECONDS)
+    return make_token(secret, make_claims(None, role=role, ttl=KEY_SECONDS))

@@ -6,6 +6,8 @@ from pathlib import Path
 import jwt
 import pytest
 
+from realtime_bridge.parts import make_verifier
+from realtime_bridge.settings import Settings
 from tests.command_line import CommandLine
 from tests.services import SECRET
 
@@ -153,6 +155,17 @@ def test_a_token_takes_role_lifetime_and_claims(bridge: CommandLine) -> None:
     assert isinstance(claims["exp"], int)
     assert isinstance(claims["iat"], int)
     assert claims["exp"] - claims["iat"] == 60
+
+
+@pytest.mark.parametrize("role", ["authenticated", "anon"])
+async def test_a_bridge_of_the_same_settings_lets_the_token_in(
+    role: str, bridge: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRIDGE_AUDIENCE", "readers")
+    monkeypatch.setenv("BRIDGE_ISSUER", "https://issuer.example")
+    printed = bridge("token", "--sub", "ada", "--role", role)[1].strip()
+    claims = await make_verifier(Settings.load(whole=False)).verify(printed)
+    assert (claims.role, claims.values["iss"]) == (role, "https://issuer.example")
 
 
 def test_a_claim_without_a_value_exits_with_2(bridge: CommandLine) -> None:
