@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(12
 NOTICED_SECONDS = 3.0 + 2  # for a busy machine
 TAKEOVER_SECONDS = 8.0
 RED_SECONDS = 15.0
-"""Ten after the last proof, which was a second old, and a request that itself waits for what is broken."""
+"""Eight after the last proof, which was a second old, and a request that itself waits for what is broken."""
 
 
 @dataclass

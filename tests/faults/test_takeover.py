@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.timeout(12
 
 TAKEOVER_SECONDS = 8.0
 RED_SECONDS = 20.0
-"""Ten after the last proof, and before that five until a publication that is gone is noticed."""
+"""Eight after the last proof, and before that five until a publication that is gone is noticed."""
 
 
 @dataclass
@@ -261,6 +261,31 @@ async def test_what_a_clock_proved_that_was_ahead_for_a_moment_is_soon_forgotten
             await proven(bridge)
             assert await metric(bridge, "complete_until_seconds") <= time.time()
             assert await checks(bridge) == {}
+
+
+# -- what makes deaf without a sound ---------------------------------------------------------------------------------
+
+
+async def test_a_frozen_walsender_is_told_and_forgotten_once_it_goes_on(database: str, namespace: str) -> None:
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    connection = await asyncpg.connect(database)
+    async with BridgeProcess(database, BRIDGE_SLOT=namespace.replace("-", "_")) as bridge:
+        walsender = await connection.fetchval(
+            "select active_pid from pg_replication_slots where database = current_database()"
+        )
+        os.kill(walsender, signal.SIGSTOP)
+        try:
+            await connection.execute("insert into posts (user_id, title) values ($1, 'unheard')", ADA)
+            reason = await eventually(lambda: upstream_problem(bridge), RED_SECONDS)
+        finally:
+            os.kill(walsender, signal.SIGCONT)
+        assert reason.startswith("nothing proven for")
+        await eventually(lambda: checks_pass(bridge))
+    await connection.close()
+
+
+async def upstream_problem(bridge: BridgeProcess) -> str:
+    return (await checks(bridge)).get("upstream", "")
 
 
 async def checks_pass(bridge: BridgeProcess) -> bool:
