@@ -95,8 +95,10 @@ class Settings(BaseSettings):
         (), description="Comma-separated origins of pages besides the same host's; `*` allows all."
     )
     token_in_query: bool = Field(True, description="Accept `?token=`.")
-    audience: str = Field("authenticated", description="Required `aud`.")
-    issuer: str | None = Field(None, description="Required `iss`, if set.")
+    audience: str = Field("authenticated", description="Required `aud`; not asked of role `anon`.")
+    issuer: str | None = Field(
+        None, description="Required `iss`, if set; not asked of a legacy anon key (`iss` `supabase`)."
+    )
     max_connections: PositiveInt = Field(20_000, description="Connections per process.")
     max_connections_per_user: PositiveInt = Field(20, description="Connections per `sub`.")
     send_buffer_bytes: PositiveInt = Field(

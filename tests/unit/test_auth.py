@@ -90,8 +90,8 @@ async def test_the_audience_may_be_a_text_or_a_list(audience: object) -> None:
     assert (await verifier().verify(signed(aud=audience))).subject == SUBJECT
 
 
-async def test_role_anon_needs_neither_subject_nor_audience_nor_issuer() -> None:
-    claims = await verifier(issuer="us").verify(signed(role="anon", sub=None, aud=None))
+async def test_role_anon_needs_neither_subject_nor_audience() -> None:
+    claims = await verifier().verify(signed(role="anon", sub=None, aud=None))
     assert (claims.role, claims.subject) == ("anon", None)
 
 
@@ -394,9 +394,17 @@ async def test_an_end_that_is_no_number_of_json_is_refused(end: str) -> None:
 @pytest.mark.parametrize("issuer", [None, "them", 7, ["us"]])
 async def test_the_issuer_is_checked_where_one_is_set(issuer: object) -> None:
     assert (await verifier().verify(signed())).subject == SUBJECT
-    token = raw(json.dumps(payload(iss=issuer)).encode())
-    assert await refusal(token, issuer="us") == "wrong issuer"
-    assert (await verifier(issuer="us").verify(signed(iss="us"))).subject == SUBJECT
+    for role in ("authenticated", "anon"):
+        token = raw(json.dumps(payload(iss=issuer, role=role)).encode())
+        assert await refusal(token, issuer="us") == "wrong issuer"
+        assert (await verifier(issuer="us").verify(signed(iss="us", role=role))).role == role
+
+
+@pytest.mark.parametrize("issuer", ["supabase", "supabase-demo"])
+async def test_a_legacy_anon_key_is_let_in_whatever_issuer_is_set(issuer: str) -> None:
+    key = signed(role="anon", iss=issuer, sub=None, aud=None)
+    assert (await verifier(issuer="us").verify(key)).role == "anon"
+    assert await refusal(signed(iss=issuer), issuer="us") == "wrong issuer"
 
 
 @pytest.mark.parametrize("role", [None, "", 7, "postgres", "service_role", "none", "authenticated ", ["anon"], "ANON"])
