@@ -1,7 +1,7 @@
 """The command line: `realtime-bridge serve | dev | check | why | token | tail | teardown`.
 
-Exit status: 0 done, 1 it failed, 2 bad usage or configuration (typer's own word for bad usage, too), 3 `why`
-has found that the bridge and Postgres differ.
+Exit status: 0 done, 1 it failed, or has found what is wrong, 2 bad usage or configuration (typer's own word for bad
+usage, too).
 """
 
 import sys

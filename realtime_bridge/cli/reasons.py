@@ -33,9 +33,6 @@ from realtime_bridge.policy.explanation import ExplainedPolicy, Explanation, Out
 from realtime_bridge.policy.predicate import NOTHING
 from realtime_bridge.settings import Settings
 
-DIFFERENT: Final = 3
-"""The exit status where the bridge and Postgres differ."""
-
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
@@ -95,7 +92,7 @@ class _Row(NamedTuple):
 
 
 def tell(settings: Settings, table: str, key: str, claims: Claims, *, as_json: bool) -> int:
-    """Print the reasons: the exit status.
+    """Print the reasons: the exit status, which is 1 where the bridge and Postgres differ.
 
     Raises:
         ConfigurationError: the settings do not suffice.
@@ -113,7 +110,7 @@ def tell(settings: Settings, table: str, key: str, claims: Claims, *, as_json: b
         print(orjson.dumps(asdict(reasons), option=orjson.OPT_INDENT_2).decode())
     else:
         _print(reasons)
-    return DIFFERENT if reasons.differ else 0
+    return 1 if reasons.differ else 0
 
 
 async def _find(settings: Settings, dsn: str, table: str, key: str, claims: Claims) -> Reasons:

@@ -26,7 +26,7 @@ def why(
 ) -> None:
     """Show why a user sees a row, or does not: grants, every policy, what its parts come to, and how that was decided.
 
-    Postgres is asked, too: where it says otherwise, that is told and the exit status is 3. What is printed depends on
+    Postgres is asked, too: where it says otherwise, that is told and the exit status is 1. What is printed depends on
     the row, whoever may see it: this is for who holds DATABASE_URL, which the row is read with.
     """
     from realtime_bridge.cli.reasons import tell  # the other commands start without it

@@ -208,18 +208,18 @@ def test_a_table_that_policies_read_is_explained_like_any_other(why: Why) -> Non
 # -- differences -------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_bridge_shows_and_postgres_does_not_is_told_with_a_status_of_its_own(why: Why, tmp_path: Path) -> None:
+def test_what_the_bridge_shows_and_postgres_does_not_is_told_and_has_failed(why: Why, tmp_path: Path) -> None:
     arguments = ["--user", ANN, "--table", "public.odd", "--key", "1"]
     result = run("why", *arguments, folder=tmp_path, environment=environment(why.database, BRIDGE_TABLES="public.odd"))
-    assert (result.returncode, result.stderr) == (3, "")
+    assert (result.returncode, result.stderr) == (1, "")
     assert result.stdout.splitlines()[-1] == "DIFFERENT the bridge shows this row, and Postgres does not"
-    document = why.json(*arguments, status=3)
+    document = why.json(*arguments, status=1)
     assert (document["bridge"]["live"], document["postgres"]["visible"], document["differ"]) == (True, False, True)
 
 
 def test_what_postgres_shows_and_the_bridge_does_not_is_told_with_the_reason(why: Why) -> None:
     status, out, _ = why("--user", ANN, "--table", "public.plain", "--key", "1")
-    assert status == 3
+    assert status == 1
     assert out.splitlines()[-3:] == [
         "bridge    shows nothing of the table: public.plain has no row-level security, and BRIDGE_POLICIES has no rule "
         "for it",
