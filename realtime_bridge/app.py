@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from realtime_bridge import __version__
 from realtime_bridge.bridge import Bridge
-from realtime_bridge.rest import problems
+from realtime_bridge.rest import application
 from realtime_bridge.settings import Settings
 
 
@@ -19,6 +19,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """
     bridge = Bridge(settings or Settings.load())
     app = FastAPI(title="realtime_bridge", version=__version__, lifespan=bridge.lifespan)
-    problems.install(app)
     app.include_router(bridge.router)
+    application.install(app, bridge.allows)
     return app

@@ -20,7 +20,7 @@ from realtime_bridge import __version__, logs
 from realtime_bridge.bridge import Bridge
 from realtime_bridge.dev.users import SampleUser, sample_users
 from realtime_bridge.errors import BridgeError
-from realtime_bridge.rest import problems
+from realtime_bridge.rest import application
 from realtime_bridge.routes import live_page
 from realtime_bridge.server import BridgeServer, server_config
 from realtime_bridge.settings import Settings
@@ -30,9 +30,9 @@ def create_app(settings: Settings, users: Sequence[SampleUser]) -> FastAPI:
     """The application of `serve`, with the page open to everyone and a way for it to sign in as the sample users."""
     bridge = Bridge(settings)
     app = FastAPI(title="realtime_bridge dev", version=__version__, lifespan=bridge.lifespan)
-    problems.install(app)
     app.include_router(_dev_router(settings, users))  # first: its page comes before the guarded one
     app.include_router(bridge.router)
+    application.install(app, bridge.allows)
     return app
 
 

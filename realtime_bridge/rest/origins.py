@@ -8,12 +8,15 @@ Sources: Fetch Standard, "CORS protocol".
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from fastapi import Request, Response
 
 from realtime_bridge.errors import ForbiddenError
 from realtime_bridge.rest.problems import Handler, ProblemRoute, problem_of
+
+Allowed: TypeAlias = Callable[[str | None, str | None], bool]
+"""Whether a page of an Origin may ask a Host."""
 
 _EXPOSED: Final = "Realtime-Position, Link, Retry-After"
 _PREFLIGHT: Final = {
@@ -23,32 +26,33 @@ _PREFLIGHT: Final = {
 }
 
 
-def guarded_route(allowed: Callable[[str | None, str | None], bool]) -> type[ProblemRoute]:
-    """A class of routes that refuse a page of an origin that is not allowed, and let any other read the answer.
-
-    Args:
-        allowed: whether a page of an Origin may ask a Host.
-    """
+def guarded_route(allowed: Allowed) -> type[ProblemRoute]:
+    """A class of routes that refuse a page of an origin that is not allowed, and let any other read the answer."""
 
     class GuardedRoute(ProblemRoute):
         def get_route_handler(self) -> Handler:
             handler = super().get_route_handler()
 
             async def answer(request: Request) -> Response:
-                origin = request.headers.get("origin")
-                if not allowed(origin, request.headers.get("host")):
-                    response = problem_of(ForbiddenError("origin not allowed"))
-                else:
+                if allowed(request.headers.get("origin"), request.headers.get("host")):
                     response = await handler(request)
-                    if origin is not None:
-                        response.headers["Access-Control-Allow-Origin"] = origin
-                        response.headers["Access-Control-Expose-Headers"] = _EXPOSED
-                response.headers.add_vary_header("Origin")
+                else:
+                    response = problem_of(ForbiddenError("origin not allowed"))
+                tell_origin(request, response, allowed)
                 return response
 
             return answer
 
     return GuardedRoute
+
+
+def tell_origin(request: Request, response: Response, allowed: Allowed) -> None:
+    """Let the page that asked, if it is of an allowed origin, read the answer."""
+    origin = request.headers.get("origin")
+    if origin is not None and allowed(origin, request.headers.get("host")):
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = _EXPOSED
+    response.headers.add_vary_header("Origin")
 
 
 async def preflight() -> Response:

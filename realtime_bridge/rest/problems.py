@@ -1,7 +1,7 @@
 """Errors of the HTTP routes as `application/problem+json`, and a bound on what a request may bring.
 
-`install` serves an application that is ours. A router inside somebody else's application cannot rely on its handlers,
-so its routes are `ProblemRoute`s, which answer for themselves.
+A router inside somebody else's application cannot rely on its handlers, so its routes are `ProblemRoute`s, which answer
+for themselves. Where there is no route, an application that is ours answers by `rest.application`.
 
 Layer: edges. May import: errors.
 Sources: RFC 9457 (problem details; `about:blank` says that the title is the status's own), RFC 6750 section 3.
@@ -12,7 +12,7 @@ from http.client import responses
 from typing import Any, Final
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -78,16 +78,6 @@ class ProblemRoute(APIRoute):
                 return problem_of(error)
 
         return answer
-
-
-def install(app: FastAPI) -> None:
-    """Let an application answer every error with a problem, those of routes that do not exist included."""
-
-    async def answer(_: Request, error: Exception) -> Response:
-        return problem_of(error)
-
-    for kind in (BridgeError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, answer)
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -15,6 +15,7 @@ from realtime_bridge.change import Column, Relation
 from realtime_bridge.claims import Claims
 from realtime_bridge.database import Database
 from realtime_bridge.rest import problems
+from realtime_bridge.rest.application import install
 from realtime_bridge.rest.posts import POSITION_HEADER, posts_router
 from realtime_bridge.values import encode_image
 from tests.services import SECRET, PgBouncer, running, token
@@ -392,11 +393,12 @@ async def test_a_postgres_that_refuses_is_a_503_to_be_tried_again(database: str)
 
 async def test_an_application_with_our_handlers_answers_every_error_with_a_problem(database: str) -> None:
     async with serving(database) as app:
-        problems.install(app)
 
         @app.get("/number/{number}")
         async def number(number: int) -> int:
             return 1 // number
+
+        install(app, lambda origin, host: True)
 
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://bridge") as http:

@@ -13,7 +13,7 @@ import httpx
 import jwt
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from realtime_bridge.sources.postgres import ensure_publication
 from tests.bridges import PUBLICATION, BridgeProcess
@@ -55,6 +55,13 @@ async def still_serves(bridge: BridgeProcess, database: str) -> None:
         await connection.execute("insert into posts (user_id, title) values ($1, 'alive')", ADA)
         await connection.close()
         assert (await receive_data(client))["record"]["title"] == "alive"
+
+
+async def a_bridge(database: str, namespace: str, *arguments: str, **settings: str) -> BridgeProcess:
+    """One that has what it needs, but is not started: for what is the same on every way."""
+    await ensure_publication(database, PUBLICATION, ["public.posts"])
+    settings = {"BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": namespace.replace("-", "_"), **settings}
+    return BridgeProcess(database, *arguments, **settings)
 
 
 def unsigned(**claims: Any) -> str:
@@ -122,6 +129,28 @@ async def test_http_refusals_are_problems(way: Way) -> None:
             assert answer.status_code == status, (request, answer.text)
             assert answer.headers["content-type"] == "application/problem+json"
             assert {"type", "title", "status", "detail"} <= set(answer.json())
+
+
+async def test_a_socket_where_there_is_none_is_refused_with_a_problem(database: str, namespace: str) -> None:
+    async with await a_bridge(database, namespace) as bridge:
+        for path in ("/wsx", "/", "/healthz", "/ws/x"):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(bridge.url.replace("http", "ws", 1) + path)
+            answer = refused.value.response
+            assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
+            assert json.loads(answer.body or b"")["status"] == 404
+
+
+async def test_a_method_that_a_path_has_not_is_told_all_that_it_has(database: str, namespace: str) -> None:
+    async with await a_bridge(database, namespace) as bridge, http(bridge.url, token(ADA)) as client:
+        for method, path, allowed in [
+            ("PUT", "/posts", "GET, POST, OPTIONS"),
+            ("POST", "/posts/1", "GET, PATCH, DELETE, OPTIONS"),
+            ("DELETE", "/events", "GET, OPTIONS"),
+            ("GET", "/ticket", "POST, OPTIONS"),
+        ]:
+            answer = await client.request(method, path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed), path
 
 
 async def test_a_position_of_the_future_or_of_another_history_is_answered_by_a_resync(way: Way) -> None:
@@ -237,9 +266,8 @@ async def test_several_workers_need_redis(database: str) -> None:
 async def test_a_secret_that_is_none_stops_several_workers_before_they_begin(
     database: str, redis_url: str, namespace: str
 ) -> None:
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    settings = {"REDIS_URL": redis_url, "BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": namespace.replace("-", "_")}
-    bridge = BridgeProcess(database, "--workers", "2", SUPABASE_JWT_SECRET="ssh-rsa AAAA", **settings)
+    settings = {"REDIS_URL": redis_url, "SUPABASE_JWT_SECRET": "ssh-rsa AAAA"}
+    bridge = await a_bridge(database, namespace, "--workers", "2", **settings)
     try:
         assert await asyncio.to_thread(bridge.run) == 2
         assert bridge.log.splitlines()[-1].startswith("realtime-bridge: SUPABASE_JWT_SECRET is a public key")
@@ -250,9 +278,7 @@ async def test_a_secret_that_is_none_stops_several_workers_before_they_begin(
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_a_port_that_is_taken_ends_it_with_1(workers: str, database: str, redis_url: str, namespace: str) -> None:
-    await ensure_publication(database, PUBLICATION, ["public.posts"])
-    settings = {"REDIS_URL": redis_url, "BRIDGE_NAMESPACE": namespace, "BRIDGE_SLOT": namespace.replace("-", "_")}
-    bridge = BridgeProcess(database, "--workers", workers, **settings)
+    bridge = await a_bridge(database, namespace, "--workers", workers, REDIS_URL=redis_url)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         bridge.port = taken.getsockname()[1]
         try:
