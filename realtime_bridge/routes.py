@@ -58,10 +58,12 @@ def make_router(bridge: "Bridge") -> APIRouter:
         return JSONResponse({"ticket": ticket, "expires_in": expires_in}, headers={"Cache-Control": "no-store"})
 
     @router.get("/healthz")
+    @router.head("/healthz", include_in_schema=False)
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
 
     @router.get("/readyz")
+    @router.head("/readyz", include_in_schema=False)
     async def readyz() -> Response:
         checks = await bridge.checks()
         ok = all(check.ok for check in checks.values())

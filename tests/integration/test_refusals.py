@@ -153,6 +153,14 @@ async def test_a_method_that_a_path_has_not_is_told_all_that_it_has(database: st
             assert (answer.status_code, answer.headers["allow"]) == (405, allowed), path
 
 
+async def test_health_may_be_asked_for_without_a_body(database: str, namespace: str) -> None:
+    async with await a_bridge(database, namespace) as bridge, http(bridge.url) as client:
+        for path in ("/healthz", "/readyz"):
+            asked, got = await client.head(path), await client.get(path)
+            assert (asked.status_code, asked.content) == (got.status_code, b"")
+            assert asked.headers["content-type"] == got.headers["content-type"]
+
+
 async def test_a_position_of_the_future_or_of_another_history_is_answered_by_a_resync(way: Way) -> None:
     async with way.bridge() as bridge, http(bridge.url, token(ADA)) as client:
         position = (await client.get("/events?wait=0")).json()["position"]
