@@ -25,7 +25,7 @@ from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.hub import Hub
 from realtime_bridge.hub.subscription import State, Subscription
 from realtime_bridge.transports.opening import begin
-from realtime_bridge.transports.requests import Credentials, Interest
+from realtime_bridge.transports.requests import Credentials, Interest, accepts_events
 from realtime_bridge.transports.streams import EventStream
 from realtime_bridge.wire.native import optional_timestamp
 from realtime_bridge.wire.sse import retry_event
@@ -108,7 +108,7 @@ class EventsEndpoint:
         interest = Interest.parse(request.query_params, self.hub.tables)
         wait = _number(request, "wait", 25.0, MAX_WAIT_SECONDS)
         limit = max(1, int(_number(request, "limit", 500, MAX_LIMIT)))
-        stream = "text/event-stream" in request.headers.get("accept", "")
+        stream = accepts_events(request)
         claims = await self.credentials.claims_of(request, stream=stream)
         if claims is None:
             raise UnauthorizedError("missing")

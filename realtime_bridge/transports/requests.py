@@ -1,8 +1,10 @@
 """What `/ws` and `/events` have in common: who is asking, which tables, from where; which origins may ask.
 
 Layer: edges. May import: words, filters, auth, tickets.
+Sources: RFC 9110 sections 12.4.2 and 12.5.1 (weights, Accept).
 """
 
+import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
@@ -16,6 +18,7 @@ from realtime_bridge.errors import BadRequestError
 from realtime_bridge.filters import Filter, parse_filter
 from realtime_bridge.tickets import Tickets, client_of
 
+_NEVER: Final = re.compile(r"q=0(\.0*)?")
 OPERATIONS: Final = ("INSERT", "UPDATE", "DELETE")
 
 
@@ -23,6 +26,15 @@ def bearer_subprotocol(request: HTTPConnection) -> tuple[str, str] | tuple[None,
     """The pair `bearer, <token>` that a WebSocket offers as subprotocols: what to answer with, and the token."""
     offered = [part.strip() for part in request.headers.get("sec-websocket-protocol", "").split(",")]
     return (offered[0], offered[1]) if len(offered) >= 2 and offered[0].lower() == "bearer" else (None, None)
+
+
+def accepts_events(request: HTTPConnection) -> bool:
+    """Whether a request names Server-Sent Events among what it accepts; `*/*`, which all say, is no wish for them."""
+    for accepted in ",".join(request.headers.getlist("accept")).lower().split(","):
+        media_type, *parameters = (part.strip() for part in accepted.split(";"))
+        if media_type == "text/event-stream":
+            return not any(_NEVER.fullmatch(parameter) for parameter in parameters)
+    return False
 
 
 @dataclass(frozen=True)
