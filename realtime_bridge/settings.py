@@ -5,6 +5,7 @@ Sources: the table of settings in docs/operations.md is printed from here by `ma
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,6 +29,9 @@ from realtime_bridge.errors import ConfigurationError
 
 _PREFIX = "BRIDGE_"
 
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@*\s]+/?")
+"""What a browser may send as `Origin`, with the slash that people add; `https://*.host` it never sends."""
+
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -43,7 +47,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True
+        env_prefix=_PREFIX,
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
     )
 
     supabase_url: str | None = Field(None, validation_alias=_foreign("supabase_url"), description="Project address.")
@@ -143,6 +152,14 @@ class Settings(BaseSettings):
         if not value:
             raise ValueError("at least one table is needed")
         return tuple(dict.fromkeys(value))
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is not of the form https://host or https://host:port")
+        return value
 
     @field_validator("canary_table")
     @classmethod

@@ -42,6 +42,13 @@ def test_defaults_are_the_contract() -> None:
         ("BRIDGE_POLICIES", "[1]", "BRIDGE_POLICIES: not a JSON object"),
         ("BRIDGE_HISTORY_SIZE", "0", "BRIDGE_HISTORY_SIZE: input should be greater than 0"),
         ("BRIDGE_PING_SECONDS", "soon", "BRIDGE_PING_SECONDS: input should be a valid number"),
+        ("BRIDGE_PING_SECONDS", "inf", "BRIDGE_PING_SECONDS: input should be a finite number"),
+        ("BRIDGE_PING_SECONDS", "nan", "BRIDGE_PING_SECONDS: input should be a finite number"),
+        ("BRIDGE_FACT_SECONDS", "Infinity", "BRIDGE_FACT_SECONDS: input should be a finite number"),
+        ("BRIDGE_ALLOWED_ORIGINS", "example.com", "BRIDGE_ALLOWED_ORIGINS: 'example.com' is not of the form"),
+        ("BRIDGE_ALLOWED_ORIGINS", "https://a.example,b.example", "BRIDGE_ALLOWED_ORIGINS: 'b.example' is not of"),
+        ("BRIDGE_ALLOWED_ORIGINS", "https://a.example/page", "BRIDGE_ALLOWED_ORIGINS: 'https://a.example/page' is"),
+        ("BRIDGE_ALLOWED_ORIGINS", "https://*.example", "BRIDGE_ALLOWED_ORIGINS: 'https://*.example' is not of"),
         ("BRIDGE_SLOT", "No Slot", "BRIDGE_SLOT: use lower-case letters"),
         ("BRIDGE_SOURCE", "kafka", "BRIDGE_SOURCE: input should be 'postgres' or 'supabase'"),
         ("BRIDGE_SOURCE", "supabase", "SUPABASE_URL is missing"),
@@ -54,6 +61,12 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
         Settings.load()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_origins_may_have_any_scheme_and_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins = ("https://a.example", "http://localhost:5173/", "capacitor://localhost", "http://[::1]:80", "null", "*")
+    monkeypatch.setenv("BRIDGE_ALLOWED_ORIGINS", ", ".join(origins))
+    assert Settings.load().allowed_origins == origins
 
 
 def test_the_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
