@@ -14,6 +14,7 @@ from realtime_bridge.broker.memory import MemoryBroker, _wait, _wake
 from realtime_bridge.change import Body, Change, Column, Entry, Image, Position, Relation
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BrokerError
+from realtime_bridge.filters import Filter
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.hub import Hub
@@ -284,14 +285,23 @@ async def passes(times: int) -> None:
         await asyncio.sleep(0)
 
 
-async def poll(world: HubWorld, user: str, position: str | None, *, limit: int = 500, wait: float = 0.0) -> Message:
-    """A long poll, past its request's parsing."""
+async def poll(
+    world: HubWorld,
+    user: str,
+    position: str | None,
+    *,
+    limit: int = 500,
+    wait: float = 0.0,
+    filter_: Filter | None = None,
+) -> Message:
+    """A long poll, past its request's parsing; of all tables, or with a filter of one."""
 
     async def receive() -> Any:
         await asyncio.Event().wait()
 
     request = Request({"type": "http", "method": "GET", "headers": [], "query_string": b""}, receive)
     endpoint = EventsEndpoint(world.hub, None, asyncio.Event(), 65_536)  # type: ignore[arg-type]
-    answer = await endpoint._poll(request, claims(user), Interest((POSTS, NOTES), position), wait, limit)
+    interest = Interest((POSTS, NOTES) if filter_ is None else (POSTS,), position, filter_)
+    answer = await endpoint._poll(request, claims(user), interest, wait, limit)
     message: Message = orjson.loads(answer.body)
     return message

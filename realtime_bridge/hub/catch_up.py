@@ -15,14 +15,15 @@ from typing import Final
 
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.change import Change, ResyncReason
-from realtime_bridge.errors import BrokerError, HistoryGoneError
+from realtime_bridge.errors import BadRequestError, BrokerError, HistoryGoneError
 from realtime_bridge.hub.fan_out import touches
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
-from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown
+from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown, check_filter
 from realtime_bridge.hub.window import Prepared, wrap
 from realtime_bridge.policy.base import Member, Verdict
 from realtime_bridge.wire import native
+from realtime_bridge.wire.native import Form
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,11 @@ class CatchUp:
             subscription.see_if_fresh()
         if subscription.owed is not None:
             self._pay(subscription, out)
-        self._examine(subscription, zip(items, verdicts, strict=True), most, out)
+        refusal: BadRequestError | None = None
+        try:
+            self._examine(subscription, zip(items, verdicts, strict=True), most, out)
+        except BadRequestError as error:
+            refusal = error
         end = self._standing.number
         is_through = subscription.number == end and subscription.owed is None
         if is_through and self._tell_of_changes(subscription, end + 1, out):
@@ -220,13 +225,20 @@ class CatchUp:
             connection.sink.write(out)
             connection.sent_at = self._loop.time()
             self._standing.counters.delivered += len(out)
-        self._place(subscription)
+        if refusal is not None:
+            self._refuse(subscription, refusal)
+        else:
+            self._place(subscription)
         return len(out)
 
     def _examine(
         self, subscription: Subscription, decided: Iterable[tuple[Prepared, Verdict]], most: int, out: list[bytes]
     ) -> None:
-        """Pass entries, appending what is shown of them, until there is enough or the reader must be held."""
+        """Pass entries, appending what is shown of them, until there is enough or the reader must be held.
+
+        Raises:
+            BadRequestError: as `_form`. Everything before the entry is passed.
+        """
         size, counted = 0, len(out)
         is_current = subscription.is_current
         for item, verdict in decided:
@@ -275,12 +287,12 @@ class CatchUp:
             if not subscription.concerns(body) or _covered(subscription, body.table, item.entry.number):
                 return True
             return self._resync(subscription, body.table, body.reason or "upstream_gap", item.entry.number, out)
-        if verdict.old is verdict.new is False and subscription.filter is None:
+        if verdict.old is verdict.new is False:
             return True
         table = body.relation.name
         if item.entry.number <= subscription.covered.get(table, 0):
             return True
-        form = subscription.form(body, verdict.old, verdict.new)
+        form = self._form(subscription, body, verdict)
         if isinstance(form, Unknown):
             self._standing.counters.undecided += form is UNKNOWN
             return self._resync(subscription, table, "visibility_changed", item.entry.number, out)
@@ -289,6 +301,35 @@ class CatchUp:
             columns = subscription.shown(table)
             out.append(item.message(self._standing.epoch, form, encoding, columns, subscription.ids))
         return True
+
+    def _form(self, subscription: Subscription, change: Change, verdict: Verdict) -> Form | Unknown | None:
+        """As `Subscription.form`, but unknown where a filter says nothing of a change because that one is older.
+
+        Raises:
+            BadRequestError: the subscription's filter can hold no more.
+        """
+        try:
+            return subscription.form(change, verdict.old, verdict.new)
+        except BadRequestError:
+            assert subscription.filter is not None, "nothing else is refused"
+            claims, policy = subscription.connection.claims, self._standing.policy
+            if not check_filter(subscription.filter, change.relation.name, claims, policy):
+                raise
+            return UNKNOWN
+
+    def _refuse(self, subscription: Subscription, error: BadRequestError) -> None:
+        """End a subscription before what it cannot read, and tell why; what the address asked for ends the connection.
+
+        Its number stays, so that no position passes what was not decided.
+        """
+        connection = subscription.connection
+        logger.info("subscription refused", extra={"connection": connection.id, "reason": error.detail})
+        subscription.state = State.ENDED
+        if subscription.id is None:
+            connection.sink.close(error.close_code, error.detail)
+        else:
+            del connection.subscriptions[subscription.id]
+            connection.send(native.error(error.close_code, error.detail, subscription.id))
 
     def _pay(self, subscription: Subscription, out: list[bytes]) -> None:
         """Send the resync that stands for everything up to the hub's number."""

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from realtime_bridge.change import Change, Control, Entry, transaction_of
+from realtime_bridge.errors import BadRequestError
 from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
 from realtime_bridge.hub.standing import Standing
@@ -131,7 +132,7 @@ class FanOut:
         for subscription in subscriptions:
             if subscription.state is not State.AT_END:
                 continue
-            form = subscription.form(change, *verdict)
+            form = _form(subscription, change, verdict)
             if form is None:
                 continue
             if isinstance(form, Unknown) or subscription.by_hand is not None:
@@ -171,6 +172,16 @@ class FanOut:
             if subscription.state is State.AT_END:
                 self._standing.depart(subscription, number, State.BLOCKED)
                 self._standing.counters.fell_behind += 1
+
+
+def _form(
+    subscription: Subscription, change: Change, verdict: tuple[bool | None, bool | None]
+) -> Form | Unknown | None:
+    """What it is sent of a change; unknown also if its filter says nothing of it: who reads on finds out why."""
+    try:
+        return subscription.form(change, *verdict)
+    except BadRequestError:
+        return UNKNOWN
 
 
 def _simple(subscription: Subscription) -> bool:

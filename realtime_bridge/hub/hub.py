@@ -27,7 +27,7 @@ from realtime_bridge.hub.following import Following
 from realtime_bridge.hub.keepalive import Keepalive
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import NOWHERE, Counters, Standing
-from realtime_bridge.hub.subscription import State, Subscription
+from realtime_bridge.hub.subscription import State, Subscription, check_filter
 from realtime_bridge.policy.base import Member, Policy
 
 MAX_SUBSCRIPTIONS: Final = 100
@@ -316,6 +316,14 @@ class Hub:
         if table not in self.tables:
             return f"table {table} is not served here"
         return self._policy.refusal(table, claims, columns)
+
+    def check_filter(self, filter_: Filter, table: str, claims: Claims) -> None:
+        """Before anything is subscribed to with a filter.
+
+        Raises:
+            BadRequestError: it never could hold, or looks at what these claims may not read.
+        """
+        check_filter(filter_, table, claims, self._policy)
 
     def subscribe(
         self,

@@ -11,9 +11,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
 from realtime_bridge.change import ABSENT, Change, Control, Image, Relation, ResyncReason
+from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BadRequestError
 from realtime_bridge.filters import BoundFilter, Filter
-from realtime_bridge.policy.base import Member, Seen
+from realtime_bridge.policy.base import Member, Policy, Seen
 from realtime_bridge.wire.native import Form
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Subscription:
     told: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     seen: dict[str, Seen] = field(default_factory=dict)
-    _bound: tuple[str, BoundFilter | None] = ("", None)
+    _bound: tuple[str, BoundFilter] = ("", BoundFilter(()))
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -168,11 +169,13 @@ class Subscription:
         return tuple(column for column in allowed if column in self.columns)
 
     def form(self, change: Change, old: bool | None, new: bool | None) -> Form | Unknown | None:
-        """What it is sent of a change, given what its member may see; None for nothing."""
+        """What it is sent of a change, given what its member may see; None for nothing.
+
+        Raises:
+            BadRequestError: its filter cannot be read over this relation, or by this member.
+        """
         if self.filter is not None:
-            if not self._may_filter(change.relation.name, self.filter):
-                return UNKNOWN
-            bound = self._bind(change.relation)
+            bound = self._bind(self.filter, change.relation)
             old = _and(old, _matches(bound, change.old))
             new = _and(new, _matches(bound, change.new))
         form = form_of(change, old, new)
@@ -180,24 +183,33 @@ class Subscription:
             return None
         return form
 
-    def _may_filter(self, table: str, filter_: Filter) -> bool:
-        allowed = self.connection.member.columns.get(table)
-        return allowed is None or filter_.columns <= set(allowed)
-
-    def _bind(self, relation: Relation) -> BoundFilter | None:
+    def _bind(self, filter_: Filter, relation: Relation) -> BoundFilter:
+        allowed = self.connection.member.columns.get(relation.name)
+        if not (allowed is None or filter_.columns <= set(allowed)):
+            raise BadRequestError("filter: a column may not be read any more")
         if self._bound[0] != relation.version:
-            assert self.filter is not None, "only called with a filter"
-            try:
-                self._bound = (relation.version, self.filter.bind(relation))
-            except BadRequestError:  # the column is gone since: nothing can be decided any more
-                self._bound = (relation.version, None)
+            self._bound = (relation.version, filter_.bind(relation))
         return self._bound[1]
 
 
-def _matches(bound: BoundFilter | None, image: Image | None) -> bool | None:
-    if bound is None or image is None:
-        return None
-    return bound.matches(image)
+def check_filter(filter_: Filter, table: str, claims: Claims, policy: Policy) -> bool:
+    """Whether a filter is known to be one of a table as it is now; False where the table's columns are not known.
+
+    Which columns there are is told to nobody who may not read them: to such a role an unknown one is like a hidden one.
+
+    Raises:
+        BadRequestError: it never could hold.
+    """
+    if (refusal := policy.refusal(table, claims, filter_.columns)) is not None:
+        raise BadRequestError(f"filter: {refusal}")
+    relation = policy.relation(table)
+    if relation is not None:
+        filter_.bind(relation)
+    return relation is not None
+
+
+def _matches(bound: BoundFilter, image: Image | None) -> bool | None:
+    return None if image is None else bound.matches(image)
 
 
 def _and(a: bool | None, b: bool | None) -> bool | None:

@@ -13,7 +13,7 @@ Layer: adapters (contract). May import: words.
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple, Protocol
 
-from realtime_bridge.change import Entry
+from realtime_bridge.change import Entry, Relation
 from realtime_bridge.claims import Claims
 
 
@@ -180,4 +180,8 @@ class Policy(Protocol):
 
         In one sentence; None if somebody may.
         """
+        ...
+
+    def relation(self, table: str) -> Relation | None:
+        """A table as it is now, with every column that changes of it bring; None if that is not known."""
         ...

@@ -4,7 +4,7 @@ All of it is read in one transaction, with a search path on which every name out
 (`pg_temp` is named last, since it would come first if it were left out). Nothing is left behind on the connection, so
 it works behind a transaction pooler. It is read again and again: so first one query asks whether anything is another.
 
-Layer: adapters. May import: errors, database, policy.blocks, policy.compiler, policy.keeping, policy.nodes,
+Layer: adapters. May import: words, database, policy.blocks, policy.compiler, policy.keeping, policy.nodes,
 policy.references.
 Sources: get_row_security_policies (rowsecurity.c) and check_enable_rls (rls.c): which policies count for whom;
 https://www.postgresql.org/docs/current/catalogs.html. Works on Postgres 15 to 18.
@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from realtime_bridge.change import Column, Relation
 from realtime_bridge.database import CALLER_SEARCH_PATH
 from realtime_bridge.errors import DatabaseError
 from realtime_bridge.policy.blocks import Declared
@@ -89,6 +90,12 @@ class CatalogTable:
     def generated(self) -> frozenset[str]:
         """Columns that Postgres computes: changes do not bring them, so nothing can be decided by them."""
         return frozenset(self.declared) - frozenset(self.columns)
+
+    @property
+    def relation(self) -> Relation:
+        """The columns as changes bring them; what identifies a row there, only a source knows."""
+        schema, _, name = self.name.partition(".")
+        return Relation(schema, name, tuple(Column(n, c.name) for n, c in self.columns.items()), (), full=False)
 
     @cached_property
     def digest(self) -> str:

@@ -225,8 +225,13 @@ class PolicyEngine:
             return refusal.reason
         readable = None if known.decision is None else known.decision.columns.get(claims.role)
         if readable is not None and (hidden := sorted(columns - set(readable))):
-            return f"role {claims.role} may not read {table}.{hidden[0]}"
+            return f"role {claims.role} may not read {table}.{hidden[0][:63]}"
         return None
+
+    def relation(self, table: str) -> Relation | None:
+        """See `Policy.relation`."""
+        known = self._tables.get(table)
+        return None if known is None or known.decision is None else known.decision.table.relation
 
     def _sort_in(self, member: Member) -> None:
         role = member.claims.role

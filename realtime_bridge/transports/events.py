@@ -39,13 +39,18 @@ MAX_SLICES: Final = 20
 
 
 class Collector:
-    """The sink of a long poll: keeps what it is given for the answer."""
+    """The sink of a long poll: keeps what it is given for the answer.
+
+    Attributes:
+        refusal: why what the address asked for cannot be read any further.
+    """
 
     encoding = Encoding.JSON
     full = False
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
+        self.refusal: BadRequestError | None = None
 
     def write(self, messages: Sequence[bytes]) -> None:
         """Keep messages; bounded by what the poll asks for."""
@@ -55,7 +60,9 @@ class Collector:
         """Nothing: a poll is over soon."""
 
     def close(self, code: int, reason: str = "") -> None:
-        """Nothing: a poll is over soon."""
+        """Remember a refusal of what was asked for; else nothing: a poll is over soon."""
+        if code == 4400:
+            self.refusal = BadRequestError(reason)
 
     def abort(self) -> None:
         """Nothing: a poll is over soon."""
@@ -115,6 +122,8 @@ class EventsEndpoint:
         for table in interest.tables:
             if (refusal := self.hub.refusal(table, claims)) is not None:
                 raise ForbiddenError(refusal)
+        if interest.filter is not None:
+            self.hub.check_filter(interest.filter, interest.tables[0], claims)
         if stream:
             return await self._stream(request, claims, interest)
         return await self._poll(request, claims, interest, wait, limit)
@@ -143,13 +152,15 @@ class EventsEndpoint:
             async with _unless_gone(request) as gone:
                 more = await self._read(subscription, collector, limit)
                 until = asyncio.get_running_loop().time() + wait
-                while not (collector.messages or more or gone.is_set() or self.draining.is_set()):
+                while not (collector.messages or more or collector.refusal or gone.is_set() or self.draining.is_set()):
                     left = until - asyncio.get_running_loop().time()
                     if left <= 0:
                         break
                     await _first(news, self.draining, gone, timeout=left)
                     news.clear()
                     more = await self._read(subscription, collector, limit)
+            if collector.refusal is not None and not collector.messages:
+                raise collector.refusal
             return self._answer(collector, connection, more)
         finally:
             self.hub.close(connection)

@@ -15,12 +15,15 @@ def begin(hub: Hub, sink: Sink, claims: Claims, interest: Interest, start: Start
     """Open the connection, say `ready`, tell which tables are refused, and subscribe to what the address asked for.
 
     Raises:
+        BadRequestError: the filter never could hold.
         TooManyRequestsError: the process or the user has too many connections.
         UnavailableError: the process is being stopped.
     """
-    connection = hub.open(sink, claims)
     refusals = {table: hub.refusal(table, claims) for table in interest.tables}
     tables = [table for table, refusal in refusals.items() if refusal is None]
+    if interest.filter is not None and tables:
+        hub.check_filter(interest.filter, tables[0], claims)
+    connection = hub.open(sink, claims)
     position = hub.position_at(start)
     connection.send(
         native.ready(

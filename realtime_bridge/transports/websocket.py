@@ -243,6 +243,8 @@ class NativeSocket:
                 return  # it was lost meanwhile
             events, shown = parse_events(message.get("events")), _columns(columns)
             filter_ = parse_filter(filter_text) if filter_text else None
+            if filter_ is not None:
+                hub.check_filter(filter_, table, connection.claims)
             hub.subscribe(connection, (table,), start, id_=id_, filter_=filter_, events=events, columns=shown)
         except BridgeError as error:
             shown_id = id_ if isinstance(id_, str) else None

@@ -4,7 +4,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -56,12 +56,19 @@ class Stream:
         return message
 
 
+async def read_on(stream: Stream, messages: list[Message]) -> None:
+    """Until it ends."""
+    with suppress(EOFError):
+        while True:
+            messages.append(await stream.receive())
+
+
 @asynccontextmanager
-async def stream_of(url: str, user: str, *, ttl: float = 3600, last: str = "") -> AsyncIterator[Stream]:
+async def stream_of(url: str, user: str, *, ttl: float = 3600, last: str = "", **query: str) -> AsyncIterator[Stream]:
     given = {**bearer(token(user, ttl=ttl)), "Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
     async with (
         httpx.AsyncClient(timeout=httpx.Timeout(20, read=None), verify=False) as client,
-        client.stream("GET", f"{url}/events", headers=given) as response,
+        client.stream("GET", f"{url}/events", params=query, headers=given) as response,
     ):
         assert response.status_code == 200
         yield Stream(response)
@@ -134,6 +141,28 @@ async def test_a_stream_pings_and_ends_with_its_token(way: Way) -> None:
             with pytest.raises(EOFError):
                 await stream.receive()
             assert stream.comments > 0
+
+
+async def test_a_stream_with_a_filter_on_a_column_that_is_dropped_says_so_and_ends(way: Way) -> None:
+    async with way.bridge(BRIDGE_RESYNC_SECONDS="0.2") as bridge, http(bridge.url, token(ADA)) as client:
+        async with stream_of(bridge.url, ADA, table="posts", filter="body=eq.x") as stream:
+            await stream.receive()
+            connection = await asyncpg.connect(way.database)
+            await connection.execute("alter table posts drop column body")
+            await connection.close()
+            messages: list[Message] = []
+            async with asyncio.TaskGroup() as tasks:
+                reading = tasks.create_task(read_on(stream, messages))
+                while not reading.done():
+                    await write(way.database, "another")
+                    await asyncio.wait((reading,), timeout=0.2)
+            assert (messages[-1]["type"], messages[-1]["code"]) == ("error", 4400)
+            assert "body" in messages[-1]["detail"]
+            assert {message["type"] for message in messages[:-1]} <= {"resync"}
+            answer = await client.get(
+                "/events", params={"table": "posts", "filter": "body=eq.x", "position": stream.last_id}
+            )
+            assert (answer.status_code, "body" in answer.json()["detail"]) == (400, True)
 
 
 async def test_a_stopping_server_tells_when_to_come_back(way: Way) -> None:

@@ -1,14 +1,17 @@
 """Subscriptions by message and by address: tables, filters, columns, operations, positions, resyncs."""
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from itertools import count
 from typing import Any
 
 import asyncpg
 import pytest
 from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
 
 from tests.bridges import BridgeProcess
 from tests.clients import Message, open_socket, receive, receive_data
@@ -29,9 +32,11 @@ grant select on notes to authenticated;
 
 
 @asynccontextmanager
-async def notes_bridge(way: Way, **settings: str) -> AsyncIterator[tuple[BridgeProcess, asyncpg.Connection]]:
+async def notes_bridge(
+    way: Way, more: str = "", **settings: str
+) -> AsyncIterator[tuple[BridgeProcess, asyncpg.Connection]]:
     connection = await asyncpg.connect(way.database)
-    await connection.execute(NOTES)
+    await connection.execute(NOTES + more)
     async with way.bridge(*TABLES, **settings) as bridge:
         yield bridge, connection
     await connection.close()
@@ -45,6 +50,15 @@ async def next_of(socket: ClientConnection, kind: str) -> Message:
     while (message := await receive(socket))["type"] != kind:
         pass
     return message
+
+
+async def read_all(socket: ClientConnection) -> set[str]:
+    """The types of all that comes until it is closed."""
+    kinds = set()
+    with suppress(ConnectionClosed):
+        while True:
+            kinds.add((await receive(socket))["type"])
+    return kinds
 
 
 async def test_the_address_subscribes_to_all_tables_or_to_those_it_names(way: Way) -> None:
@@ -113,6 +127,8 @@ async def test_a_refused_subscription_says_why_and_the_connection_lives_on(way: 
                 ({"table": "posts"}, 4400, "id"),
                 ({"id": "a", "table": "posts", "filter": 3}, 4400, "filter"),
                 ({"id": "a", "table": "posts", "filter": "title=match.x"}, 4400, "match"),
+                ({"id": "a", "table": "posts", "filter": "zzz=eq.1"}, 4400, "no column zzz"),
+                ({"id": "a", "table": "posts", "filter": "id=eq.abc"}, 4400, "not of type"),
                 ({"id": "a", "table": "posts", "events": ["EXPLODE"]}, 4400, "events"),
                 ({"id": "a", "table": "posts", "columns": "title"}, 4400, "columns"),
                 ({"id": "a", "table": "posts", "position": "x"}, 4400, "position"),
@@ -130,6 +146,51 @@ async def test_a_refused_subscription_says_why_and_the_connection_lives_on(way: 
             assert "already" in (await next_of(socket, "error"))["detail"]
             await say(socket, type="unsubscribe", id="a")
             assert (await next_of(socket, "unsubscribed"))["id"] == "a"
+
+
+async def test_a_filter_tells_nobody_of_columns_that_they_may_not_read(way: Way) -> None:
+    grants = "revoke select on notes from authenticated; grant select (id, part, owner) on notes to authenticated"
+    async with notes_bridge(way, grants) as (bridge, _):
+        async with open_socket(bridge.url, token(ADA), table="") as socket:
+            details = []
+            for column in ("mood", "zzz"):
+                await say(socket, type="subscribe", id=column, table="notes", filter=f"{column}=eq.sad")
+                details.append((await next_of(socket, "error"))["detail"])
+            assert "may not read" in details[0]
+            assert details[1] == details[0].replace("mood", "zzz")
+            await say(socket, type="subscribe", id="id", table="notes", filter="id=eq.1")
+            await next_of(socket, "subscribed")
+
+
+async def test_a_filter_on_a_column_that_is_dropped_ends_what_was_asked_for_and_nothing_else(way: Way) -> None:
+    async with notes_bridge(way, BRIDGE_RESYNC_SECONDS="0.2") as (bridge, connection):
+        async with (
+            open_socket(bridge.url, token(ADA)) as socket,
+            open_socket(bridge.url, token(ADA), table="notes", filter="mood=eq.sad") as filtered,
+        ):
+            await receive(filtered)
+            await say(socket, type="subscribe", id="sad", table="notes", filter="mood=eq.sad")
+            await next_of(socket, "subscribed")
+            await connection.execute("insert into notes values (0, 'a', $1, 'sad')", ADA)
+            assert (await receive_data(filtered))["record"]["id"] == 0
+            await connection.execute("alter table notes drop column mood")
+            async with asyncio.TaskGroup() as tasks:
+                ended = tasks.create_task(next_of(socket, "error"))
+                reading = tasks.create_task(read_all(filtered))
+                for i in count(1):
+                    await connection.execute("insert into notes values ($1, 'a', $2)", i, ADA)
+                    _, going_on = await asyncio.wait((ended, reading), timeout=0.2)
+                    if not going_on:
+                        break
+            assert (ended.result()["code"], ended.result()["id"]) == (4400, "sad")
+            assert "mood" in ended.result()["detail"]
+            assert (filtered.close_code, "mood" in (filtered.close_reason or "")) == (4400, True)
+            assert reading.result() <= {"INSERT", "resync"}
+            await connection.execute("insert into notes values (0, 'b', $1)", ADA)
+            while (message := await receive_data(socket)).get("record", {}).get("part") != "b":
+                assert "subscriptions" not in message
+            await say(socket, type="unsubscribe", id="sad")
+            assert "no such" in (await next_of(socket, "error"))["detail"]
 
 
 async def test_a_subscription_resumes_by_its_own_position(way: Way) -> None:

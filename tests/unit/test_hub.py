@@ -12,7 +12,7 @@ import pytest
 
 from realtime_bridge.broker.base import SIGHT_SECONDS, Sight
 from realtime_bridge.change import ABSENT, Body, Change, Control, Entry, Image, Position
-from realtime_bridge.errors import TooManyRequestsError
+from realtime_bridge.errors import BadRequestError, TooManyRequestsError
 from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import breath, following, settler
 from realtime_bridge.hub.base import Encoding
@@ -729,6 +729,49 @@ async def test_after_a_loss_nothing_is_compared_with_numbers_from_before_it() ->
         await eventually(lambda: reader.resyncs == ["history_gone"])
         assert (await poll(world, CAL, world.hub.position))["messages"] == []
         assert connection.member.sights[POSTS].since == 4
+
+
+FITTING = parse_filter("mood=eq.sad")
+MOODLESS = replace(RELATIONS[POSTS], columns=RELATIONS[POSTS].columns[:3])
+
+
+def moodless(key: int) -> Change:
+    return Change("INSERT", MOODLESS, None, row(key)[:3], 0)
+
+
+async def test_a_filter_that_can_hold_no_more_ends_its_subscription_once_and_no_other() -> None:
+    async with running() as world:
+        connection, reader = world.open()
+        start = await world.hub.locate(None)
+        world.hub.subscribe(connection, [POSTS], start, id_="sad", filter_=FITTING)
+        world.hub.subscribe(connection, [POSTS], start, id_="all")
+        await world.append(insert(1), moodless(2), moodless(3))
+        await world.settled()
+        assert [message["id"] for message in reader.messages if message["type"] == "error"] == ["sad"]
+        assert [m["record"]["id"] for m in reader.messages if "sad" in m.get("subscriptions", ())] == [1]
+        assert [m["record"]["id"] for m in reader.messages if "all" in m.get("subscriptions", ())] == [1, 2, 3]
+        assert (reader.resyncs, reader.closed, list(connection.subscriptions)) == ([], [], ["all"])
+
+
+async def test_what_the_address_asked_for_with_such_a_filter_ends_the_connection_before_the_change() -> None:
+    async with running() as world:
+        connection, reader = world.open()
+        world.hub.subscribe(connection, [POSTS], await world.hub.locate(None), filter_=FITTING)
+        await world.append(insert(1), moodless(2))
+        await eventually(lambda: reader.closed == [4400])
+        assert (reader.keys, reader.resyncs) == ([1], [])
+        assert Position.parse(world.hub.position_of(connection)).number == 1
+
+
+async def test_a_poll_with_such_a_filter_is_answered_up_to_there_and_refused_from_there() -> None:
+    async with running() as world:
+        position = world.hub.position
+        await world.append(insert(1), moodless(2))
+        await world.settled()
+        answer = await poll(world, ANN, position, filter_=FITTING)
+        assert [message["record"]["id"] for message in answer["messages"]] == [1]
+        with pytest.raises(BadRequestError, match="no column mood"):
+            await poll(world, ANN, answer["position"], filter_=FITTING, wait=60)
 
 
 async def test_polls_of_no_table_leave_nothing_counted() -> None:

@@ -6,13 +6,15 @@ The catalog is one that a test sets by hand: each process looks at it when the t
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
 
 from realtime_bridge.broker.base import Broker
+from realtime_bridge.change import Change
 from realtime_bridge.errors import DatabaseError
+from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import hub as hub_module
 from realtime_bridge.policy.blocks import Declared
 from realtime_bridge.policy.catalog import Catalog, CatalogPolicy, CatalogTable
@@ -21,7 +23,21 @@ from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.policy.keeping import References
 from realtime_bridge.rights import RIGHTS, RightsState, RightsTeller
 from realtime_bridge.rows import IndexState, RowIndex
-from tests.hubs import ANN, BOB, COLUMNS, NOTES, POSTS, RULE, ForkingBroker, HubWorld, hub_of, insert, poll
+from tests.hubs import (
+    ANN,
+    BOB,
+    COLUMNS,
+    NOTES,
+    POSTS,
+    RELATIONS,
+    RULE,
+    ForkingBroker,
+    HubWorld,
+    hub_of,
+    insert,
+    poll,
+    row,
+)
 from tests.services import eventually
 
 ROLE = "authenticated"
@@ -272,6 +288,22 @@ async def test_a_successor_that_cannot_read_the_catalog_tells_nothing_of_rights(
         await it.lead(late)
         await eventually(lambda: not late.rights)
         assert it.rights.told == 1
+
+
+async def test_a_change_from_before_a_column_came_is_a_resync_to_a_filter_on_it() -> None:
+    async with replicas({POSTS: ALL, NOTES: ALL}) as it:
+        only = await it.start()
+        position = only.world.hub.position
+        before = replace(RELATIONS[POSTS], columns=RELATIONS[POSTS].columns[:3])
+        await only.world.append(Change("INSERT", before, None, row(1)[:3], 0))
+        await only.world.append(insert(2, mood="happy"))
+        await only.world.settled()
+        answer = await poll(only.world, ANN, position, filter_=parse_filter("mood=eq.happy"))
+        assert [message["type"] for message in answer["messages"]] == ["resync"]
+        await only.world.append(insert(3, mood="happy"))
+        await only.world.settled()
+        answer = await poll(only.world, ANN, answer["position"], filter_=parse_filter("mood=eq.happy"))
+        assert [message["record"]["id"] for message in answer["messages"]] == [3]
 
 
 async def test_a_poll_is_told_once_of_another_token_that_stays_in_use() -> None:
