@@ -116,7 +116,9 @@ class Settings(BaseSettings):
     ping_seconds: PositiveFloat = Field(25, description="A ping after so many idle seconds.")
     drain_seconds: PositiveFloat = Field(10, description="Time to let clients go when stopping.")
     takeover_seconds: PositiveFloat = Field(5, description="A dead leader is replaced within this time.")
-    resync_seconds: PositiveFloat = Field(10, description="At most one `resync` per user and table in this time.")
+    resync_seconds: PositiveFloat = Field(
+        10, description="At most one `resync` per subscription and table in this time."
+    )
     fact_seconds: NonNegativeFloat = Field(
         5, description="Time to live of facts that cannot be followed; 0: asked each time."
     )
