@@ -313,8 +313,6 @@ class Hub:
 
         In one sentence; None if nothing speaks against it.
         """
-        if table not in self.tables:
-            return f"table {table} is not served here"
         return self._policy.refusal(table, claims, columns)
 
     def check_filter(self, filter_: Filter, table: str, claims: Claims) -> None:

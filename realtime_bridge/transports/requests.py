@@ -90,15 +90,18 @@ def origin_allowed(origin: str | None, host: str | None, allowed: Collection[str
     return origin in {one.rstrip("/").lower() for one in allowed}
 
 
-def parse_table(value: object) -> str:
+def parse_table(value: object, served: Collection[str]) -> str:
     """`schema.table`, or `table` for one in `public`.
 
     Raises:
-        BadRequestError: neither.
+        BadRequestError: neither, or not one of those served.
     """
     if not isinstance(value, str) or not value or value.count(".") > 1 or len(value) > 130:
         raise BadRequestError("table: a text of the form schema.table")
-    return value if "." in value else f"public.{value}"
+    table = value if "." in value else f"public.{value}"
+    if table not in served:
+        raise BadRequestError(f"table: {table} is not served here")
+    return table
 
 
 def parse_events(value: object) -> frozenset[str] | None:
@@ -139,10 +142,7 @@ class Interest:
             BadRequestError: naming the parameter.
         """
         asked = query.getlist("table")
-        tables = list(dict.fromkeys(parse_table(t) for t in asked if t)) if asked else list(served)
-        for table in tables:
-            if table not in served:
-                raise BadRequestError(f"table: {table} is not served here")
+        tables = list(dict.fromkeys(parse_table(t, served) for t in asked if t)) if asked else list(served)
         filter_text = query.get("filter")
         if filter_text and len(tables) != 1:
             raise BadRequestError("filter: needs exactly one table")

@@ -229,7 +229,7 @@ class NativeSocket:
         try:
             if not isinstance(id_, str) or not 1 <= len(id_) <= 64:
                 raise BadRequestError("id: a text of 1 to 64 characters")
-            table = parse_table(message.get("table"))
+            table = parse_table(message.get("table"), hub.tables)
             if (refusal := hub.refusal(table, connection.claims)) is not None:
                 raise ForbiddenError(refusal)
             filter_text, columns = message.get("filter"), message.get("columns")

@@ -120,7 +120,7 @@ async def test_a_refused_subscription_says_why_and_the_connection_lives_on(way: 
         async with open_socket(bridge.url, token(ADA)) as socket:
             await receive(socket)
             refusals: list[tuple[dict[str, Any], int, str]] = [
-                ({"id": "a", "table": "public.secrets"}, 4403, "not served"),
+                ({"id": "a", "table": "public.secrets"}, 4400, "not served"),
                 ({"id": "a", "table": 7}, 4400, "table"),
                 ({"id": "", "table": "posts"}, 4400, "id"),
                 ({"id": "x" * 65, "table": "posts"}, 4400, "id"),
