@@ -218,7 +218,7 @@ class CatchUp:
             refusal = error
         end = self._standing.number
         is_through = subscription.number == end and subscription.owed is None
-        if is_through and self._tell_of_changes(subscription, end + 1, out):
+        if is_through and self._tell_of_changes(_altered(subscription, end + 1), subscription, None, out):
             subscription.see()
         if out:
             connection = subscription.connection
@@ -242,12 +242,12 @@ class CatchUp:
         size, counted = 0, len(out)
         is_current = subscription.is_current
         for item, verdict in decided:
-            if not (is_current or self._tell_of_changes(subscription, item.entry.number, out)):
-                return
             changed = frozenset() if self._standing.has_told(item.entry.body, subscription) else verdict.changed
-            if changed and not self._tell_of(changed, subscription, item.entry.number, out):
-                return
-            if touches(item.entry, subscription.tables) and not self._show(subscription, item, verdict, out):
+            if changed or not is_current:
+                altered = _altered(subscription, item.entry.number, changed)
+                if not self._tell_of_changes(altered, subscription, (item, verdict), out):
+                    return
+            if not (_is_over(subscription, item, verdict) or self._show(subscription, item, verdict, out)):
                 return
             subscription.number = item.entry.number
             if len(out) > counted:
@@ -256,42 +256,37 @@ class CatchUp:
             if counted >= most or size > self._slice_bytes:
                 return
 
-    def _tell_of_changes(self, subscription: Subscription, until: int, out: list[bytes]) -> bool:
-        """Append a resync for each table where the member sees otherwise since an entry up to `until`.
+    def _tell_of_changes(
+        self,
+        altered: Sequence[str],
+        subscription: Subscription,
+        decided: tuple[Prepared, Verdict] | None,
+        out: list[bytes],
+    ) -> bool:
+        """Append a resync for each of these tables, before the reader passes an entry, or at the end.
+
+        Whoever comes back with the position of the last one is not told of any again: it is where the reader stands
+        then, behind the entry if nothing more is shown of that.
 
         Returns False if the reader must be held where it is.
         """
-        for table in subscription.tables:
-            if subscription.outdated(table, until):
-                if not self._resync(subscription, table, "visibility_changed", subscription.number, out):
-                    return False
-                subscription.see(table)
-        return True
-
-    def _tell_of(self, changed: Set[str], subscription: Subscription, number: int, out: list[bytes]) -> bool:
-        """Append a resync for each of these tables, unless the reader has read it later than the entry `number`.
-
-        Returns False if the reader must be held where it is.
-        """
-        for table in changed & subscription.tables:
-            if number > subscription.covered.get(table, 0):
-                if not self._resync(subscription, table, "visibility_changed", subscription.number, out):
-                    return False
-                subscription.see(table)
+        for table in altered:
+            if not self._cover(subscription, table):
+                return False
+            number, told = subscription.number, 0
+            if table == altered[-1]:
+                if decided is not None and _is_over(subscription, *decided):
+                    number = decided[0].entry.number
+                told = subscription.told_at(number)
+            self._append_resync(subscription, table, "visibility_changed", self._standing.position(number, told), out)
         return True
 
     def _show(self, subscription: Subscription, item: Prepared, verdict: Verdict, out: list[bytes]) -> bool:
         """Append what the reader is shown of one entry; False if it must be held before it."""
         body = item.entry.body
         if not isinstance(body, Change):
-            if not subscription.concerns(body) or _covered(subscription, body.table, item.entry.number):
-                return True
             return self._resync(subscription, body.table, body.reason or "upstream_gap", item.entry.number, out)
-        if verdict.old is verdict.new is False:
-            return True
         table = body.relation.name
-        if item.entry.number <= subscription.covered.get(table, 0):
-            return True
         form = self._form(subscription, body, verdict)
         if isinstance(form, Unknown):
             self._standing.counters.undecided += form is UNKNOWN
@@ -335,18 +330,26 @@ class CatchUp:
         """Send the resync that stands for everything up to the hub's number."""
         assert subscription.owed is not None, "only called when one is owed"
         table = next(iter(subscription.tables)) if len(subscription.tables) == 1 else "*"
-        if self._resync(subscription, table, subscription.owed, self._standing.number, out):
-            subscription.owed = None
-            subscription.number = self._standing.number
-            subscription.see()
+        if self._cover(subscription, table):
+            reason, subscription.owed = subscription.owed, None
+            number = subscription.number = self._standing.number
+            position = self._standing.position(number, subscription.told_at(number))
+            self._append_resync(subscription, table, reason, position, out)
 
     def _resync(
         self, subscription: Subscription, table: str, reason: ResyncReason, number: int, out: list[bytes]
     ) -> bool:
-        """Append a resync, unless the last one is too recent: then hold the reader here, and return False.
+        """Append a resync, unless the reader must be held before it: then return False."""
+        if not self._cover(subscription, table):
+            return False
+        self._append_resync(subscription, table, reason, self._standing.position(number), out)
+        return True
 
-        The reader reads the table after it is told, and so sees everything up to the hub's number; changes of the
-        table up to there need not be sent any more.
+    def _cover(self, subscription: Subscription, table: str) -> bool:
+        """Take it that a resync is told now, unless the last one is too recent: then hold the reader, and return False.
+
+        The reader reads the table after it is told, and so sees everything up to the hub's number, as its member sees
+        it now; changes of the table up to there need not be sent any more.
         """
         now = self._loop.time()
         wait = subscription.told.get(table, -self._resync_seconds) + self._resync_seconds - now
@@ -356,12 +359,16 @@ class CatchUp:
         subscription.told[table] = now
         for name in subscription.tables if table == "*" else (table,):
             subscription.covered[name] = self._standing.number
+            subscription.see(name)
+        return True
+
+    def _append_resync(
+        self, subscription: Subscription, table: str, reason: ResyncReason, position: str, out: list[bytes]
+    ) -> None:
         spread = min(int(SPREAD_SECONDS * 1000), _SPREAD_MS_PER_CONNECTION * len(self._standing.connections))
-        position = self._standing.position(number)
         message = native.resync(table, reason, position, random.randint(0, spread), subscription.ids)
         out.append(wrap(subscription.connection.sink.encoding, message, position))
         self._standing.counters.resyncs += 1
-        return True
 
     def _hold(self, subscription: Subscription, seconds: float) -> None:
         if subscription.state is State.BEHIND:
@@ -394,6 +401,29 @@ def _parts(items: Sequence[Prepared], most_bytes: int) -> list[Sequence[Prepared
             parts.append(items[first:i])
             first, size = i, 0
     return parts
+
+
+def _altered(subscription: Subscription, until: int, changed: Set[str] = frozenset()) -> list[str]:
+    """The tables that a reader is to read again before it passes the entry `until`.
+
+    Those where its member sees otherwise since one up to there, and of `changed` by this one those that it has not read
+    later.
+    """
+    return [
+        table
+        for table in subscription.tables
+        if subscription.outdated(table, until) or (table in changed and until > subscription.covered.get(table, 0))
+    ]
+
+
+def _is_over(subscription: Subscription, item: Prepared, verdict: Verdict) -> bool:
+    """Whether a reader is shown nothing of an entry."""
+    body, number = item.entry.body, item.entry.number
+    if not touches(item.entry, subscription.tables):
+        return True
+    if isinstance(body, Change):
+        return verdict.old is verdict.new is False or number <= subscription.covered.get(body.relation.name, 0)
+    return not subscription.concerns(body) or _covered(subscription, body.table, number)
 
 
 def _covered(subscription: Subscription, table: str, number: int) -> bool:

@@ -273,9 +273,9 @@ async def test_who_was_away_is_told_when_what_it_sees_has_changed_meanwhile(
         await it.admin.execute(f"insert into members values ('{ADA}', 1), ('{BOB}', 1)")
         await it.admin.execute(f"insert into {table} values (1, 1, 'seen')")
         positions = {}
-        async with httpx.AsyncClient(timeout=20) as http:
+        async with httpx.AsyncClient(timeout=20) as asking:
             for user in (ADA, BOB):
-                answer = await http.get(f"{it.bridge.url}/events?wait=0", headers=bearer(token(user)))
+                answer = await asking.get(f"{it.bridge.url}/events?wait=0", headers=bearer(token(user)))
                 positions[user] = answer.json()["position"]
         await it.admin.execute(f"delete from members where user_id = '{BOB}'")
         await it.admin.execute(f"insert into {table} values (2, 1, 'unseen')")
@@ -287,6 +287,10 @@ async def test_who_was_away_is_told_when_what_it_sees_has_changed_meanwhile(
                 first[user] = await receive_data(socket)
         assert (first[ADA]["type"], first[ADA]["record"]["secret"]) == ("INSERT", "unseen")
         assert (first[BOB]["type"], first[BOB].get("reason")) == ("resync", "visibility_changed")
+        for bridge in it.bridges:
+            async with http(bridge.url, token(BOB)) as client:
+                answer = (await client.get(f"/events?wait=0&position={first[BOB]['position']}")).json()
+            assert "resync" not in [message["type"] for message in answer["messages"]]
 
 
 class Poller:

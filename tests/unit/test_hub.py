@@ -731,6 +731,52 @@ async def test_after_a_loss_nothing_is_compared_with_numbers_from_before_it() ->
         assert connection.member.sights[POSTS].since == 4
 
 
+async def told_by(reader: Reader, world: HubWorld) -> list[tuple[str, str]]:
+    """The table and position of each resync that a reader has been sent."""
+    await world.settled()
+    return [(message["table"], message["position"]) for message in reader.messages if message["type"] == "resync"]
+
+
+async def test_whoever_comes_back_with_the_position_of_a_resync_is_not_told_again_and_misses_nothing() -> None:
+    """Told because of an entry, or because of what another process has told the broker of its user."""
+    async with running() as world:
+        position = world.hub.position
+        await world.append(
+            insert(1), Control("catalog", POSTS, "visibility_changed"), insert(2, table=NOTES), insert(3)
+        )
+        _, reader = await world.connect(position=position, tables=(POSTS, NOTES))
+        [(_, by_entry)] = await told_by(reader, world)
+        assert reader.keys == [1, 2]
+        _, back = await world.connect(position=by_entry, tables=(POSTS, NOTES))
+        await world.settled()
+        assert (back.resyncs, back.keys) == ([], [2, 3])
+
+        position = world.hub.position
+        await world.append(insert(4, BOB, table=NOTES))
+        await world.settled()
+        await world.broker.recall(world.broker._epoch, [await seen_by_another_token(world, BOB)])
+        _, reader = await world.connect(BOB, position, tables=(POSTS, NOTES))
+        [(_, by_sight)] = await told_by(reader, world)
+        _, back = await world.connect(BOB, by_sight, tables=(POSTS, NOTES))
+        await world.settled()
+        assert (back.resyncs, back.keys, reader.keys) == ([], [4], [4])
+
+
+async def test_of_several_resyncs_only_the_position_of_the_last_says_that_all_were_told() -> None:
+    async with running() as world:
+        position = world.hub.position
+        await world.append(insert(1))
+        await world.settled()
+        others = [await seen_by_another_token(world, BOB)]
+        others.append(others[0]._replace(table=NOTES))
+        await world.broker.recall(world.broker._epoch, others)
+        _, reader = await world.connect(BOB, position, tables=(POSTS, NOTES))
+        first, last = await told_by(reader, world)
+        for position, tables in ((first[1], {POSTS, NOTES}), (last[1], set())):
+            _, back = await world.connect(BOB, position, tables=(POSTS, NOTES))
+            assert {table for table, _ in await told_by(back, world)} == tables
+
+
 FITTING = parse_filter("mood=eq.sad")
 MOODLESS = replace(RELATIONS[POSTS], columns=RELATIONS[POSTS].columns[:3])
 
