@@ -36,6 +36,8 @@ _PUBLIC_KEYS: Final[dict[str, type[PublicKey]]] = {
     "EdDSA": Ed25519PublicKey,
 }
 _ANONYMOUS_ROLE: Final = "anon"
+_ANON_KEY_ISSUERS: Final = ("supabase", "supabase-demo")
+"""The `iss` of a project's legacy anon key, and of one that Supabase's command line runs."""
 _API_KEYS: Final = ("sb_publishable_", "sb_secret_")
 """How Supabase's opaque keys begin: they name an application, never a user."""
 _LARGEST_TOKEN: Final = 16 * 1024
@@ -72,7 +74,7 @@ class Verifier:
         keys: where RS256, ES256 and EdDSA keys come from; without it they are refused.
         confirm: stands in for a secret that is not known: an HS256 token holds if its issuer says so.
         audience: what `aud` must be or contain.
-        issuer: what `iss` must be, if anything.
+        issuer: what `iss` must be, if anything; a legacy anon key has one of Supabase's own.
         roles: the Postgres roles that may connect.
         configured_keys: keys that the operator has set. One that is a JWT is known by its text and holds without
             signature, `exp`, `aud`, `iss` and `sub`; one that is none (`sb_secret_…`) is no token and ignored.
@@ -167,8 +169,10 @@ class Verifier:
         if role not in self._roles:
             raise ForbiddenError("the token's role may not connect: it is not one of BRIDGE_ROLES")
         personal = not trusted and role != _ANONYMOUS_ROLE
+        if not trusted:
+            self._check_issuer(values, role)
         if personal:
-            self._check_origin(values)
+            self._check_audience(values)
         claims = Claims(values, role, _subject(values, required=personal), expires_at)
         _check_text(claims)
         return claims
@@ -187,15 +191,21 @@ class Verifier:
                 raise UnauthorizedError(f"not valid yet ({name})")
         return expires_at
 
-    def _check_origin(self, values: Mapping[str, Any]) -> None:
-        """The token was made for us, by whom we expect."""
+    def _check_issuer(self, values: Mapping[str, Any], role: str) -> None:
+        """The token was made by whom we expect; or it is a key of role `anon`, as Supabase made them before."""
+        issuer = values.get("iss")
+        if self._issuer is None or issuer == self._issuer:
+            return
+        if role != _ANONYMOUS_ROLE or issuer not in _ANON_KEY_ISSUERS:
+            raise UnauthorizedError("wrong issuer")
+
+    def _check_audience(self, values: Mapping[str, Any]) -> None:
+        """The token was made for us."""
         audience = values.get("aud")
         if audience is None:
             raise UnauthorizedError("aud is missing")
         if self._audience not in (audience if isinstance(audience, list) else [audience]):
             raise UnauthorizedError("wrong audience")
-        if self._issuer is not None and values.get("iss") != self._issuer:
-            raise UnauthorizedError("wrong issuer")
 
 
 def bearer(authorization: str | None) -> str | None:

@@ -195,8 +195,8 @@ def test_claims_are_those_of_a_token(why: Why) -> None:
     assert document["bridge"]["live"] is True
     assert why.json(*arguments, BRIDGE_POLICIES=rule)["bridge"]["live"] is False
     rule = json.dumps({"public.plain": "auth.jwt() ->> 'aud' = 'readers' and auth.jwt() ->> 'iss' = 'us'"})
-    settings = {"BRIDGE_AUDIENCE": "readers", "BRIDGE_ISSUER": "us"}
-    assert why.json(*arguments, BRIDGE_POLICIES=rule, **settings)["bridge"]["live"] is True
+    document = why.json(*arguments, BRIDGE_POLICIES=rule, BRIDGE_AUDIENCE="readers", BRIDGE_ISSUER="us")
+    assert document["bridge"]["live"] is True
 
 
 def test_a_table_that_policies_read_is_explained_like_any_other(why: Why) -> None:
