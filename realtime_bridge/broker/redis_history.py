@@ -207,8 +207,5 @@ class RedisHistory:
 
     async def _lookup(self, number: int) -> tuple[str, str] | None:
         """An entry's id and its predecessor's; None if Redis does not hold it."""
-        found = await self._link.command("XRANGE", self._link.name, number, number)
-        if not found:
-            return None
-        fields = found[0][1]
-        return fields[b"i"].decode(), fields[b"p"].decode()
+        found = await self._link.script("ids", number)
+        return (found[0].decode(), found[1].decode()) if found else None

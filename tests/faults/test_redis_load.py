@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 
 from realtime_bridge.broker.base import RowChange
+from realtime_bridge.broker.redis_history import RedisHistory
 from realtime_bridge.change import Position
 from realtime_bridge.dev.engines import EmbeddedValkey
 from realtime_bridge.errors import BrokerError, UnavailableError
@@ -74,12 +75,14 @@ async def test_what_a_slow_link_carries_for_long_arrives(server: EmbeddedValkey)
         token = await leader.acquire_lease(ttl=60)
         await leader.append(token, changes(1, size=7 * MIB), rows=[*rows, *names])
         proxy.rate = 2 * MIB  # longer than the same question about little may take
-        entries, texts, fields = await asyncio.gather(
+        entries, newest_id, texts, fields = await asyncio.gather(
             far.read(0),
+            RedisHistory(far.link).id_of(1),
             far.rows("public.wide", [str(row.field) for row in rows]),
             far.fields("public.long", most=1000),
         )
         assert seen(entries) == [1]
+        assert newest_id == entries[0].id
         assert texts == [row.text for row in rows]
         assert fields is not None
         assert set(fields) == {row.field for row in names}
