@@ -38,8 +38,8 @@ class IngestState:
 
     Attributes:
         leading: this process holds the lease.
-        reading: the source is open.
-        problem: the newest reason why it is not, for people; empty while all is well.
+        reading: the source is open, and what it tells is appended.
+        problem: the newest reason why that is not so, for people; empty while all is well.
         appended: entries appended by this process.
     """
 
@@ -94,7 +94,8 @@ class Ingest:
     @property
     def problem(self) -> str:
         """Why nothing can be proven, as far as it is known here; for people, empty while all is well."""
-        return self.state.problem or (self._canary.problem if self._canary is not None else "")
+        of_canary = self._canary.problem if self._canary is not None else ""
+        return "; ".join(filter(None, (self.state.problem, of_canary)))
 
     async def run(self) -> NoReturn:
         """Wait for the lease, copy while it holds, and begin again, until cancelled.
@@ -118,13 +119,17 @@ class Ingest:
             backoff = min(backoff * 2, _BACKOFF_MOST)
 
     async def _lead(self) -> None:
+        waiting_since = time.monotonic()
         token = await self._broker.acquire_lease(ttl=self._ttl)
+        if time.monotonic() - waiting_since > _BACKOFF_MOST:
+            self.state.problem = ""  # another has led meanwhile
         rows = RowIndex(self._broker, self._tables, self.state.rows, is_lossy=self._source.is_lossy)
         seeder = Seeder(self._broker, self._reader, rows, self._tables, self.state.rows, token)
         repairer = Repairer(self._broker, self._reader, rows, self._limits, self.state.repair, token)
         teller = RightsTeller(self._broker, self._rights, rows, self.state.rights, token)
         self.state.leading = True
-        logger.info("leading", extra={"token": token})
+        if not self.state.problem:
+            logger.info("leading", extra={"token": token})
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._broker.keep_lease(token, ttl=self._ttl), name="lease")
@@ -153,10 +158,8 @@ class Ingest:
         async with self._source.open(after, owner=owner) as stream:
             trail = _Trail(stream)
             async for batch in stream:
-                if not self.state.reading:
-                    self.state.reading, self.state.problem = True, ""
-                    logger.info("reading the source", extra={"source": self._source.name})
                 await self._append(token, batch, rows, repairer)
+                self._note_success(token, batch)
                 rows.begun.set()
                 self.state.batch_at = time.time()
                 trail.note(batch.acknowledge)
@@ -186,7 +189,15 @@ class Ingest:
         if batch.proven_until is not None:
             repairer.prove(batch.proven_until)
 
+    def _note_success(self, token: str, batch: SourceBatch) -> None:
+        """A batch is appended. All is well with the first that held more than where the source begins."""
+        if self.state.reading or (not batch.bodies and batch.proven_until is None):
+            return
+        self.state.reading, self.state.problem = True, ""
+        logger.info("reading the source", extra={"source": self._source.name, "token": token})
+
     def _report(self, error: BridgeError) -> None:
+        """Log a failure, unless it goes on: then neither it nor what each try begins with is logged again."""
         self.state.restarts += 1
         if isinstance(error, LeaseLostError | ForkError):
             logger.warning("stopped leading", extra={"reason": str(error)})

@@ -72,6 +72,7 @@ class PostgresSource:
         self._tables = tuple(tables)
         self._transaction_rows = transaction_rows
         self._references = references
+        self._started: Start | None = None
 
     async def check(self) -> None:
         """Prove that everything is there; makes nothing, not even the slot.
@@ -101,9 +102,7 @@ class PostgresSource:
                     start = await self._start(primary, replication, system, after, owner)
                 if after is not None and (created or start.gap):
                     start = start._replace(gap=True)
-                    logger.warning("replication does not continue the history", extra={"slot": self._slot})
-                where = {"slot": self._slot, "lsn": lsn_text(start.after.lsn), "pid": replication.pid}
-                logger.info("replication started", extra=where)
+                self._report(start, replication.pid)
                 assembler = Assembler(
                     self._tables,
                     after=start.after,
@@ -117,6 +116,16 @@ class PostgresSource:
                 except UnpublishedError:
                     await self._give_up_unpublished(primary, replication)
                     raise
+
+    def _report(self, start: Start, pid: int) -> None:
+        """Log where reading starts, unless it has started there before and got nowhere."""
+        if start == self._started:
+            return
+        self._started = start
+        if start.gap:
+            logger.warning("replication does not continue the history", extra={"slot": self._slot})
+        where = {"slot": self._slot, "lsn": lsn_text(start.after.lsn), "pid": pid}
+        logger.info("replication started", extra=where)
 
     async def _ask(self, primary: Primary) -> Moment:
         followed = {*self._tables, *self._references()}

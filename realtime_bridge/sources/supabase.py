@@ -14,7 +14,6 @@ Layer: adapters. May import: change, errors, sources.{base,supabase_canary,supab
 Sources: https://supabase.com/docs/guides/realtime/postgres-changes.
 """
 
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
@@ -24,8 +23,6 @@ from realtime_bridge.sources.base import SourceBatch
 from realtime_bridge.sources.supabase_canary import Canary
 from realtime_bridge.sources.supabase_link import ALL, Link, linked
 from realtime_bridge.sources.supabase_payload import Keys, PayloadReader
-
-logger = logging.getLogger(__name__)
 
 BATCH_SECONDS: Final = 0.5
 
@@ -62,7 +59,6 @@ class SupabaseSource:
         `owner` has no use here: upstream, nothing is held that a successor would have to take away.
         """
         async with linked(self._url, self._key, self._tables, self._canary) as link:
-            logger.info("supabase source live", extra={"tables": ",".join(self._tables)})
             yield SupabaseStream(link, self._reader, self._mark, self._tables)
 
     async def check(self) -> None:

@@ -1,6 +1,8 @@
 """Everything that can happen to a Redis, under two bridges and a steady writer: nothing missed, nothing silent."""
 
 import asyncio
+import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -166,6 +168,13 @@ async def refused(it: Scene) -> AsyncIterator[None]:
     await ask(it.server, "ACL SETUSER", "default", "+@all")
 
 
+@asynccontextmanager
+async def without_channels(it: Scene) -> AsyncIterator[None]:
+    await ask(it.server, "ACL SETUSER", "default", "resetchannels")
+    yield
+    await ask(it.server, "ACL SETUSER", "default", "allchannels")
+
+
 @pytest.fixture
 def server() -> Iterator[EmbeddedValkey]:
     with running(EmbeddedValkey(durable=True)) as valkey:
@@ -185,7 +194,13 @@ async def test_a_redis_that_is_away_is_noticed_and_what_was_written_meanwhile_ar
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"), [(out_of_memory, "out of memory"), (unable_to_save, "to disk"), (refused, "does not allow")]
+    ("fault", "told"),
+    [
+        (out_of_memory, "out of memory"),
+        (unable_to_save, "to disk"),
+        (refused, "does not allow"),
+        (without_channels, "does not allow"),
+    ],
 )
 async def test_a_redis_that_refuses_to_write_turns_both_red_and_says_why(
     fault: Fault, told: str, server: EmbeddedValkey, database: str, namespace: str
@@ -198,6 +213,27 @@ async def test_a_redis_that_refuses_to_write_turns_both_red_and_says_why(
 
 async def are_red(bridges: Sequence[BridgeProcess], reason: str) -> bool:
     return all([reason in (await checks(bridge)).get("upstream", "") for bridge in bridges])
+
+
+@pytest.mark.parametrize("fault", [refused, without_channels])
+async def test_a_refusal_that_goes_on_is_logged_once_and_so_is_its_end(
+    fault: Fault, server: EmbeddedValkey, database: str, namespace: str
+) -> None:
+    async with scene(server, database, namespace) as it:
+        begun = [bridge.log.count("\n") for bridge in it.bridges]
+        async with fault(it):
+            await eventually(lambda: have_tried(it.bridges, 5), 30)
+        await it.goes_on()
+        for bridge, after in zip(it.bridges, begun, strict=True):
+            lines = [json.loads(line) for line in bridge.log.split("\n")[after:-1]]
+            told = Counter(line["message"] for line in lines if line["logger"].split(".")[1] in ("ingest", "sources"))
+            assert told["cannot read the source"] == 1
+            assert max(told.values()) == 1, told
+
+
+async def have_tried(bridges: Sequence[BridgeProcess], times: int) -> bool:
+    """Whether each has begun to read in vain so often."""
+    return all([await metric(bridge, "source_restarts_total") >= times for bridge in bridges])
 
 
 async def test_a_redis_that_is_far_away_serves_as_well(server: EmbeddedValkey, database: str, namespace: str) -> None:

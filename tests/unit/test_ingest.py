@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from realtime_bridge import ingest as ingest_module
+from realtime_bridge.broker.base import Head, RowChange
 from realtime_bridge.broker.memory import MemoryBroker
-from realtime_bridge.change import Image, Relation
+from realtime_bridge.change import Body, Image, Relation
 from realtime_bridge.errors import BridgeError, BrokerError, ForkError, LeaseLostError, SourceError
 from realtime_bridge.ingest import ACKNOWLEDGE_AFTER_SECONDS, Ingest, _Trail
 from realtime_bridge.repair import RepairLimits
 from realtime_bridge.sources.base import Page, SourceBatch, SourceStream
+from tests.contract.brokers import LIMITS, changes
 from tests.rights import Known
 from tests.services import eventually
 
@@ -78,6 +81,85 @@ async def test_what_is_the_brokers_is_tried_again_soon_and_what_is_the_sources_w
         running.cancel()
     assert waits[0] == 0.25
     assert max(waits) == longest
+
+
+class Told(FailingSource):
+    """A source that tells the same whenever it is opened: where it begins, and then one change."""
+
+    def __init__(self) -> None:
+        super().__init__(SourceError("closed"))
+
+    @asynccontextmanager
+    async def open(self, after: str | None, *, owner: str) -> AsyncIterator[SourceStream]:
+        yield self
+
+    def acknowledge(self, acknowledge: int) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[SourceBatch]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncGenerator[SourceBatch, None]:
+        yield SourceBatch(watermark="begun")
+        yield SourceBatch(tuple(changes(1)), ("told",), "told")
+        await asyncio.Event().wait()
+
+
+class RefusingBroker(MemoryBroker):
+    """A broker that refuses appends of at least so many entries."""
+
+    def __init__(self, refused: int) -> None:
+        super().__init__(**LIMITS)
+        self.refused = refused
+
+    async def append(
+        self,
+        token: str,
+        bodies: Sequence[Body],
+        *,
+        watermark: str = "",
+        proven_until: float | None = None,
+        rows: Sequence[RowChange] = (),
+    ) -> Head:
+        if len(bodies) >= self.refused:
+            raise BrokerError("Redis: no permission")
+        return await super().append(token, bodies, watermark=watermark, proven_until=proven_until, rows=rows)
+
+
+@pytest.mark.parametrize("refused", [0, 1], ids=["every append", "appends of changes"])
+async def test_what_is_refused_again_and_again_is_logged_once_and_so_is_its_end(
+    refused: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "realtime_bridge.ingest")
+    monkeypatch.setattr(random, "uniform", lambda *_: 0.01)
+    async with RefusingBroker(refused) as broker:
+        limits = RepairLimits("updated_at", 0)
+        ingest = Ingest(Told(), broker, NoTables(), rights=Known(), tables=(), limits=limits, namespace="test", ttl=TTL)
+        running = asyncio.create_task(ingest.run())
+        try:
+            await eventually(lambda: ingest.state.restarts > 5)
+            assert [record.message for record in caplog.records[:9]] == ["leading", "cannot read the source"]
+            assert (ingest.problem, ingest.state.reading) == ("Redis: no permission", False)
+            broker.refused = 1000
+            await eventually(lambda: ingest.state.reading)
+            assert [record.message for record in caplog.records[2:9]] == ["reading the source"]
+            assert ingest.problem == ""
+        finally:
+            running.cancel()
+
+
+async def test_a_problem_is_over_where_another_has_led_for_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "realtime_bridge.ingest")
+    monkeypatch.setattr(ingest_module, "_BACKOFF_MOST", 0.0)  # every wait for the lease is long
+    monkeypatch.setattr(random, "uniform", lambda *_: 0.01)
+    async with MemoryBroker(**LIMITS) as broker:
+        source, tables, limits = FailingSource(SourceError("away")), NoTables(), RepairLimits("updated_at", 0)
+        ingest = Ingest(source, broker, tables, rights=Known(), tables=(), limits=limits, namespace="test", ttl=TTL)
+        running = asyncio.create_task(ingest.run())
+        await eventually(lambda: ingest.state.restarts >= 2)
+        running.cancel()
+    assert [record.message for record in caplog.records[:4]] == ["leading", "cannot read the source"] * 2
 
 
 class Acknowledged:
