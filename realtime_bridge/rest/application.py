@@ -13,7 +13,7 @@ from starlette.routing import Match
 from starlette.websockets import WebSocket
 
 from realtime_bridge.errors import BridgeError
-from realtime_bridge.rest.origins import Allowed, tell_origin
+from realtime_bridge.rest.origins import Allowed, guarded
 from realtime_bridge.rest.problems import problem, problem_of
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -23,11 +23,13 @@ def install(app: FastAPI, allowed: Allowed) -> None:
     """Let an application that has all of its routes answer every error with a problem, those of no route included."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        response = problem_of(error)
-        if response.status_code == 405:
-            response.headers["Allow"] = ", ".join(_methods(request))
-        tell_origin(request, response, allowed)
-        return response
+        async def told(request: Request) -> Response:
+            response = problem_of(error)
+            if response.status_code == 405:
+                response.headers["Allow"] = ", ".join(_methods(request))
+            return response
+
+        return await guarded(request, told, allowed)
 
     for kind in (BridgeError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

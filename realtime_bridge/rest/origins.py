@@ -34,25 +34,25 @@ def guarded_route(allowed: Allowed) -> type[ProblemRoute]:
             handler = super().get_route_handler()
 
             async def answer(request: Request) -> Response:
-                if allowed(request.headers.get("origin"), request.headers.get("host")):
-                    response = await handler(request)
-                else:
-                    response = problem_of(ForbiddenError("origin not allowed"))
-                tell_origin(request, response, allowed)
-                return response
+                return await guarded(request, handler, allowed)
 
             return answer
 
     return GuardedRoute
 
 
-def tell_origin(request: Request, response: Response, allowed: Allowed) -> None:
-    """Let the page that asked, if it is of an allowed origin, read the answer."""
-    origin = request.headers.get("origin")
-    if origin is not None and allowed(origin, request.headers.get("host")):
-        response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Expose-Headers"] = _EXPOSED
+async def guarded(request: Request, handler: Handler, allowed: Allowed) -> Response:
+    """Answer a page of an allowed origin, and let it read the answer; refuse any other."""
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    if not allowed(origin, host):
+        response = problem_of(ForbiddenError("origin not allowed"))
+    else:
+        response = await handler(request)
+        if origin is not None:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = _EXPOSED
     response.headers.add_vary_header("Origin")
+    return response
 
 
 async def preflight() -> Response:
