@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterable, Sequence, Set
+from itertools import islice
 from typing import Final
 
 from realtime_bridge.broker.base import Broker
@@ -213,7 +214,7 @@ class CatchUp:
             self._pay(subscription, out)
         refusal: BadRequestError | None = None
         try:
-            self._examine(subscription, zip(items, verdicts, strict=True), most, out)
+            self._examine(subscription, list(zip(items, verdicts, strict=True)), most, out)
         except BadRequestError as error:
             refusal = error
         end = self._standing.number
@@ -232,7 +233,7 @@ class CatchUp:
         return len(out)
 
     def _examine(
-        self, subscription: Subscription, decided: Iterable[tuple[Prepared, Verdict]], most: int, out: list[bytes]
+        self, subscription: Subscription, decided: Sequence[tuple[Prepared, Verdict]], most: int, out: list[bytes]
     ) -> None:
         """Pass entries, appending what is shown of them, until there is enough or the reader must be held.
 
@@ -241,10 +242,11 @@ class CatchUp:
         """
         size, counted = 0, len(out)
         is_current = subscription.is_current
-        for item, verdict in decided:
+        for i, (item, verdict) in enumerate(decided):
             changed = frozenset() if self._standing.has_told(item.entry.body, subscription) else verdict.changed
             if changed or not is_current:
-                altered = _altered(subscription, item.entry.number, changed)
+                told_anyway = _told_by_controls(subscription, islice(decided, i, None))
+                altered = _altered(subscription, item.entry.number, changed, told_anyway)
                 if not self._tell_of_changes(altered, subscription, (item, verdict), out):
                     return
             if not (_is_over(subscription, item, verdict) or self._show(subscription, item, verdict, out)):
@@ -271,6 +273,7 @@ class CatchUp:
         Returns False if the reader must be held where it is.
         """
         for table in altered:
+            reason = self._reason(subscription, table)
             if not self._cover(subscription, table):
                 return False
             number, told = subscription.number, 0
@@ -278,8 +281,13 @@ class CatchUp:
                 if decided is not None and _is_over(subscription, *decided):
                     number = decided[0].entry.number
                 told = subscription.told_at(number)
-            self._append_resync(subscription, table, "visibility_changed", self._standing.position(number, told), out)
+            self._append_resync(subscription, table, reason, self._standing.position(number, told), out)
         return True
+
+    def _reason(self, subscription: Subscription, table: str) -> ResyncReason:
+        """Of a member that sees a table otherwise: its columns are others since its reader read it, or else rights."""
+        read = max(subscription.began, subscription.told.get(table, 0.0))
+        return "schema_changed" if self._standing.reshaped.get(table, 0.0) > read else "visibility_changed"
 
     def _show(self, subscription: Subscription, item: Prepared, verdict: Verdict, out: list[bytes]) -> bool:
         """Append what the reader is shown of one entry; False if it must be held before it."""
@@ -403,17 +411,34 @@ def _parts(items: Sequence[Prepared], most_bytes: int) -> list[Sequence[Prepared
     return parts
 
 
-def _altered(subscription: Subscription, until: int, changed: Set[str] = frozenset()) -> list[str]:
+def _altered(
+    subscription: Subscription, until: int, changed: Set[str] = frozenset(), told_anyway: Set[str] = frozenset()
+) -> list[str]:
     """The tables that a reader is to read again before it passes the entry `until`.
 
     Those where its member sees otherwise since one up to there, and of `changed` by this one those that it has not read
-    later.
+    later; but none of which it is told anyway before it is shown anything.
     """
     return [
         table
-        for table in subscription.tables
+        for table in subscription.tables - told_anyway
         if subscription.outdated(table, until) or (table in changed and until > subscription.covered.get(table, 0))
     ]
+
+
+def _told_by_controls(subscription: Subscription, decided: Iterable[tuple[Prepared, Verdict]]) -> set[str]:
+    """The tables of which a reader is told by the entries that come next, up to the first change.
+
+    Only by those that tell every reader: it may come back, as another one, from between here and there.
+    """
+    found = set[str]()
+    for item, verdict in decided:
+        body = item.entry.body
+        if isinstance(body, Change):
+            break
+        if body.since is None and not _is_over(subscription, item, verdict):
+            found.add(body.table)
+    return found
 
 
 def _is_over(subscription: Subscription, item: Prepared, verdict: Verdict) -> bool:

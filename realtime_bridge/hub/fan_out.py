@@ -60,9 +60,15 @@ class FanOut:
 
         Every connection is joined anew: policies may tell apart now what they could not before.
         """
-        changed = await self._standing.policy.reload(table)
-        self._standing.reloads += 1
-        self._standing.altered.update(dict.fromkeys(changed, time.monotonic()))
+        standing = self._standing
+        relation = standing.policy.relation
+        shapes = {name: relation(name) for name in standing.tables}
+        changed = await standing.policy.reload(table)
+        standing.reloads += 1
+        now = time.monotonic()
+        standing.altered.update(dict.fromkeys(changed, now))
+        reshaped = [name for name in changed if shapes.get(name) and relation(name) not in (None, shapes[name])]
+        standing.reshaped.update(dict.fromkeys(reshaped, now))
         if changed:
             async for before, member in self._join_anew(number):
                 if not member.sights:  # the first of its connections; what it saw until now

@@ -48,6 +48,7 @@ class Standing:
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
         reloads: grows when policies were read again; what was decided before is then thrown away.
         altered: table → when its rights were last found to be others, by the monotonic clock.
+        reshaped: table → when its columns were last found to be others, by the same clock.
         turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
         following: whether the broker is being followed now.
     """
@@ -62,6 +63,7 @@ class Standing:
     following: bool = False
     altered: dict[str, float] = field(default_factory=dict)
     proof: Proof = field(default_factory=Proof)
+    reshaped: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=lambda: Window(size=WINDOW_SIZE, max_bytes=WINDOW_BYTES))
     connections: set["Connection"] = field(default_factory=set)
     directory: Directory = field(default_factory=Directory)

@@ -238,6 +238,23 @@ async def test_a_bulk_change_comes_row_by_row_where_transactions_are_not_told(wa
             assert [(m["type"], m["record"]["id"]) for m in told] == [("INSERT", i) for i in range(1, 501)]
 
 
+@pytest.mark.parametrize(
+    "alter", ["add column extra int default 7", "alter column score type text", "drop column score"]
+)
+async def test_an_altered_table_is_told_as_such(way: Way, alter: str) -> None:
+    """Once if the history tells it, or if it is found by looking; twice if both, one after the other."""
+    async with notes_bridge(way, BRIDGE_RESYNC_SECONDS="0.2") as (bridge, connection):
+        async with open_socket(bridge.url, token(ADA)) as socket:
+            await receive(socket)
+            await connection.execute(f"begin; alter table notes {alter}; insert into notes values (1, 'a'); commit")
+            message = await receive_data(socket)
+            assert (message["type"], message["table"], message["reason"]) == ("resync", TABLES[1], "schema_changed")
+            await connection.execute("insert into notes values (2, 'a', $1)", ADA)
+            while (message := await receive_data(socket))["type"] == "resync":
+                assert message["reason"] == "schema_changed"
+            assert message["record"]["id"] == 2
+
+
 async def test_a_table_without_row_level_security_delivers_nothing_and_says_so(way: Way) -> None:
     connection = await asyncpg.connect(way.database)
     await connection.execute(

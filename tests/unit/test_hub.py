@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from realtime_bridge.broker.base import SIGHT_SECONDS, Sight
-from realtime_bridge.change import ABSENT, Body, Change, Control, Entry, Image, Position
+from realtime_bridge.change import ABSENT, Body, Change, Control, Entry, Image, Position, ResyncReason
 from realtime_bridge.errors import BadRequestError, TooManyRequestsError
 from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import breath, following, settler
@@ -178,6 +178,9 @@ class Client:
         return {id_: record.position for id_, record in self.records.items()}
 
 
+ALTERED: ResyncReason = "visibility_changed"
+
+
 class Walk:
     """A seeded walk through what can happen to a hub."""
 
@@ -236,7 +239,8 @@ class Walk:
 
     async def control(self) -> None:
         table = self.random.choice((POSTS, NOTES, "*"))
-        await self.append([self.random.choice((Control("resync", table, "truncated"), Control("catalog", table)))])
+        controls = Control("resync", table, "truncated"), Control("catalog", table), Control("catalog", table, ALTERED)
+        await self.append(self.random.sample(controls, self.random.randint(1, 3)))
 
     async def come(self) -> None:
         if len(self.clients) < 6:

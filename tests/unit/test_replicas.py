@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from realtime_bridge.broker.base import Broker
-from realtime_bridge.change import Change
+from realtime_bridge.change import Change, Control
 from realtime_bridge.errors import DatabaseError
 from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import hub as hub_module
@@ -288,6 +288,30 @@ async def test_a_successor_that_cannot_read_the_catalog_tells_nothing_of_rights(
         await it.lead(late)
         await eventually(lambda: not late.rights)
         assert it.rights.told == 1
+
+
+async def test_whoever_is_told_of_altered_columns_by_the_history_is_told_of_nothing_else() -> None:
+    async with replicas({POSTS: OWN, NOTES: OWN}) as it:
+        only = await it.start()
+        _, present = await only.world.connect(BOB, tables=(POSTS, NOTES))
+        position = only.world.hub.position
+        await it.settled()
+        it.policies[POSTS] = it.policies[NOTES] = ALL  # by the same transaction
+        controls = Control("catalog", "*"), Control("catalog", POSTS), Control("resync", POSTS, "schema_changed")
+        change = replace(insert(1), commit_time=5)
+        await only.world.append(*(replace(control, commit_time=5) for control in controls), change)
+        _, back = await only.world.connect(BOB, position, tables=(POSTS, NOTES))
+        await it.settled()
+        for reader in (present, back):
+            told = [(message["table"], message["reason"]) for message in reader.messages]
+            assert told == [(NOTES, "visibility_changed"), (POSTS, "schema_changed")]
+        _, again = await only.world.connect(BOB, present.messages[-1]["position"], tables=(POSTS, NOTES))
+        await it.settled()
+        assert (again.resyncs, again.keys) == ([], [1])
+        for before in (present.messages[0]["position"], position):  # from before, all the same
+            _, again = await only.world.connect(BOB, before, tables=(POSTS, NOTES))
+            await it.settled()
+            assert again.resyncs[-1] == "schema_changed"
 
 
 async def test_a_change_from_before_a_column_came_is_a_resync_to_a_filter_on_it() -> None:
