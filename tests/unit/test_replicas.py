@@ -33,6 +33,7 @@ from tests.hubs import (
     RULE,
     ForkingBroker,
     HubWorld,
+    claims,
     hub_of,
     insert,
     poll,
@@ -317,7 +318,7 @@ async def test_whoever_is_told_of_altered_columns_by_the_history_is_told_of_noth
 async def test_a_change_from_before_a_column_came_is_a_resync_to_a_filter_on_it() -> None:
     async with replicas({POSTS: ALL, NOTES: ALL}) as it:
         only = await it.start()
-        position = only.world.hub.position
+        position = await only.world.hub.position_for(claims(ANN))
         before = replace(RELATIONS[POSTS], columns=RELATIONS[POSTS].columns[:3])
         await only.world.append(Change("INSERT", before, None, row(1)[:3], 0))
         await only.world.append(insert(2, mood="happy"))
