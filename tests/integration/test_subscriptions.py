@@ -253,6 +253,9 @@ async def test_an_altered_table_is_told_as_such(way: Way, alter: str) -> None:
             while (message := await receive_data(socket))["type"] == "resync":
                 assert message["reason"] == "schema_changed"
             assert message["record"]["id"] == 2
+            await connection.execute("alter table notes add column idle int")  # of which no row tells
+            message = await receive_data(socket)
+            assert (message["type"], message["table"], message["reason"]) == ("resync", TABLES[1], "schema_changed")
 
 
 async def test_a_table_without_row_level_security_delivers_nothing_and_says_so(way: Way) -> None:
