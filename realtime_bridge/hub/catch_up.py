@@ -10,14 +10,14 @@ Layer: core. May import: words, broker.base, policy.base, wire, hub.*.
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
 from realtime_bridge.broker.base import Broker
 from realtime_bridge.change import Change, ResyncReason
 from realtime_bridge.errors import BadRequestError, BrokerError, HistoryGoneError
-from realtime_bridge.hub.fan_out import touches
+from realtime_bridge.hub.passing import is_over, to_read_again, told_by_controls
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
 from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown, check_filter
@@ -219,7 +219,7 @@ class CatchUp:
             refusal = error
         end = self._standing.number
         is_through = subscription.number == end and subscription.owed is None
-        if is_through and self._tell_of_changes(_altered(subscription, end + 1), subscription, None, out):
+        if is_through and self._tell_of_changes(to_read_again(subscription, end + 1), subscription, None, out):
             subscription.see()
         if out:
             connection = subscription.connection
@@ -245,11 +245,11 @@ class CatchUp:
         for i, (item, verdict) in enumerate(decided):
             changed = frozenset() if self._standing.has_told(item.entry.body, subscription) else verdict.changed
             if changed or not is_current:
-                told_anyway = _told_by_controls(subscription, islice(decided, i, None))
-                altered = _altered(subscription, item.entry.number, changed, told_anyway)
+                told_anyway = told_by_controls(subscription, islice(decided, i, None))
+                altered = to_read_again(subscription, item.entry.number, changed, told_anyway)
                 if not self._tell_of_changes(altered, subscription, (item, verdict), out):
                     return
-            if not (_is_over(subscription, item, verdict) or self._show(subscription, item, verdict, out)):
+            if not (is_over(subscription, item, verdict) or self._show(subscription, item, verdict, out)):
                 return
             subscription.number = item.entry.number
             if len(out) > counted:
@@ -278,7 +278,7 @@ class CatchUp:
                 return False
             number, told = subscription.number, 0
             if table == altered[-1]:
-                if decided is not None and _is_over(subscription, *decided):
+                if decided is not None and is_over(subscription, *decided):
                     number = decided[0].entry.number
                 told = subscription.told_at(number)
             self._append_resync(subscription, table, reason, self._standing.position(number, told), out)
@@ -409,48 +409,3 @@ def _parts(items: Sequence[Prepared], most_bytes: int) -> list[Sequence[Prepared
             parts.append(items[first:i])
             first, size = i, 0
     return parts
-
-
-def _altered(
-    subscription: Subscription, until: int, changed: Set[str] = frozenset(), told_anyway: Set[str] = frozenset()
-) -> list[str]:
-    """The tables that a reader is to read again before it passes the entry `until`.
-
-    Those where its member sees otherwise since one up to there, and of `changed` by this one those that it has not read
-    later; but none of which it is told anyway before it is shown anything.
-    """
-    return [
-        table
-        for table in subscription.tables - told_anyway
-        if subscription.outdated(table, until) or (table in changed and until > subscription.covered.get(table, 0))
-    ]
-
-
-def _told_by_controls(subscription: Subscription, decided: Iterable[tuple[Prepared, Verdict]]) -> set[str]:
-    """The tables of which a reader is told by the entries that come next, up to the first change.
-
-    Only by those that tell every reader: it may come back, as another one, from between here and there.
-    """
-    found = set[str]()
-    for item, verdict in decided:
-        body = item.entry.body
-        if isinstance(body, Change):
-            break
-        if body.since is None and not _is_over(subscription, item, verdict):
-            found.add(body.table)
-    return found
-
-
-def _is_over(subscription: Subscription, item: Prepared, verdict: Verdict) -> bool:
-    """Whether a reader is shown nothing of an entry."""
-    body, number = item.entry.body, item.entry.number
-    if not touches(item.entry, subscription.tables):
-        return True
-    if isinstance(body, Change):
-        return verdict.old is verdict.new is False or number <= subscription.covered.get(body.relation.name, 0)
-    return not subscription.concerns(body) or _covered(subscription, body.table, number)
-
-
-def _covered(subscription: Subscription, table: str, number: int) -> bool:
-    tables = subscription.tables if table == "*" else (table,)
-    return all(number <= subscription.covered.get(name, 0) for name in tables)
