@@ -42,8 +42,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """How many `-n auto` are: more than there are processors, since many tests wait."""
-    return 2 * (os.cpu_count() or 1) + 1
+    """How many `-n auto` are: one more than there are processors, since many tests wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 # -- engines -----------------------------------------------------------------------------------------------------------
