@@ -278,10 +278,13 @@ async def test_a_generated_column_is_shown_to_nobody_who_may_not_read_it(way: Wa
     """
     async with world(way, schema, ["public.bills"]) as it:
         ada, stranger = await it.connect(token(ADA)), await it.connect(token(None, role="anon"))
-        for column in ("secret", "cents"):
+        answers = {}
+        for column in ("secret", "nothing", "cents"):
             filtered = {"type": "subscribe", "id": column, "table": "bills", "filter": f"{column}=neq.0"}
             await ada.send(json.dumps(filtered))
-            assert (await receive(ada))["type"] == "subscribed"
+            answers[column] = await receive(ada)
+        assert [answer["type"] for answer in answers.values()] == ["error", "error", "subscribed"]
+        assert answers["secret"]["detail"] == answers["nothing"]["detail"].replace("nothing", "secret")
         await it.admin.execute("insert into bills (id, cents) values (1, 1)")
         await it.admin.execute("update bills set cents = 2")
         await it.admin.execute("delete from bills")
