@@ -116,6 +116,7 @@ def _without_fence(script: Any) -> Any:
     def mutated(*arguments: str) -> Any:
         text, _ = script(*arguments)
         text = text.replace("if state.token ~= token and", "if false and")
+        text = text.replace("and newest_nonce ~= state.nonce then", "and false then")  # which would refuse it, too
         return text, hashlib.sha1(text.encode()).hexdigest()
 
     return mutated
