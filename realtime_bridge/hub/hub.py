@@ -5,7 +5,7 @@ Layer: core. May import: words, broker.base, filters, policy.base, wire, hub.*.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 
 from realtime_bridge.broker.base import Broker
@@ -308,12 +308,12 @@ class Hub:
 
     # -- subscriptions -------------------------------------------------------------------------------------------------
 
-    def refusal(self, table: str, claims: Claims, columns: Set[str] = frozenset()) -> str | None:
-        """Why a table cannot be subscribed to with these claims, or these columns of it not be read by them.
+    def refusal(self, table: str, claims: Claims) -> str | None:
+        """Why a table cannot be subscribed to with these claims.
 
         In one sentence; None if nothing speaks against it.
         """
-        return self._policy.refusal(table, claims, columns)
+        return self._policy.refusal(table, claims)
 
     def check_filter(self, filter_: Filter, table: str, claims: Claims) -> None:
         """Before anything is subscribed to with a filter.
