@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import groupby
-from typing import Final
+from typing import Final, TypeVar
 
 from realtime_bridge.change import Change, Entry, Relation, transaction_of
 from realtime_bridge.claims import Claims
@@ -24,7 +24,7 @@ from realtime_bridge.policy.decision import Decision
 from realtime_bridge.policy.described import DescribedTables
 from realtime_bridge.policy.expression import Expression, UnsupportedExpression
 from realtime_bridge.policy.facts import identity
-from realtime_bridge.policy.index import AudienceIndex, Question, Seen
+from realtime_bridge.policy.index import Answered, AudienceIndex, Question, Seen, lent
 from realtime_bridge.policy.knowledge import Asking, Knowledge
 from realtime_bridge.policy.members import Members
 from realtime_bridge.policy.reading import parse_expression
@@ -33,7 +33,9 @@ from realtime_bridge.policy.table import Table
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS: Final = 3
+_T = TypeVar("_T")
+
+_ROUNDS: Final = 2
 """Answers can leave new questions open, but not for ever."""
 _NOBODY: Final = Audience(frozenset(), frozenset())
 _NOTHING: Final = Verdict(old=False, new=False)
@@ -308,12 +310,11 @@ class PolicyEngine:
 
     async def _decide_run(self, run: Sequence[Entry]) -> list[Audience]:
         changes = [entry.body if isinstance(entry.body, Change) else None for entry in run]
-        answers: list[Audience] = []
-        asking = self._begin_to_ask(changes)
-        for _ in range(_ROUNDS if run else 0):
-            answers = [_NOBODY if change is None else self._audience(change) for change in changes]
-            if not (asking and await self._answer(asking)):
-                break
+
+        def decide() -> list[Audience]:
+            return [_NOBODY if change is None else self._audience(change) for change in changes]
+
+        answers = await self._decided(changes, decide) if run else []
         self.undecided += sum(bool(answer.unknown) for answer in answers)
         if self.shadow is not None and self.shadow.draws(len(run)):
             self._draw(self.shadow, *random.choice(list(zip(changes, answers, strict=True))))
@@ -327,12 +328,7 @@ class PolicyEngine:
     async def verdicts(self, entries: Sequence[Entry], member: Member) -> list[Verdict]:
         """See `Policy.verdicts`."""
         changes = [entry.body if isinstance(entry.body, Change) else None for entry in entries]
-        found: list[Verdict] = []
-        asking = self._begin_to_ask(changes)
-        for _ in range(_ROUNDS):
-            found = list(self._verdicts(changes, member))
-            if not (asking and await self._answer(asking)):
-                break
+        found = await self._decided(changes, lambda: list(self._verdicts(changes, member)))
         touching = self.knowledge.references
         return [
             verdict
@@ -340,6 +336,20 @@ class PolicyEngine:
             else verdict._replace(changed=self.knowledge.changed_by(entry.body, member))
             for entry, change, verdict in zip(entries, changes, found, strict=True)
         ]
+
+    async def _decided(self, changes: Iterable[Change | None], decide: Callable[[], list[_T]]) -> list[_T]:
+        """What is decided of changes once Postgres was asked what that has left open."""
+        asking = self._begin_to_ask(changes)
+        found = decide()
+        answered: list[Answered] = []
+        for _ in range(_ROUNDS if asking else 0):
+            news = await self._answer(asking)
+            if not news:
+                break
+            answered += news
+            with lent(answered):
+                found = decide()
+        return found
 
     def _begin_to_ask(self, changes: Iterable[Change | None]) -> set[Table]:
         """The tables of these changes of whose rows Postgres is asked, without the answers that hold no more by now."""
@@ -349,12 +359,12 @@ class PolicyEngine:
             self.knowledge.expire_answers(table)
         return asking
 
-    async def _answer(self, tables: Iterable[Table]) -> bool:
-        """Have Postgres asked what was left open; whether it is worth looking again."""
+    async def _answer(self, tables: Iterable[Table]) -> list[Answered]:
+        """Have Postgres asked what was left open; returns what it has answered."""
         questions: list[tuple[AudienceIndex, Question]] = [
             (index, question) for table in tables for index in table.indexes for question in index.open_questions()
         ]
-        return bool(questions) and await self.knowledge.answer(questions)
+        return await self.knowledge.answer(questions) if questions else []
 
     def _audience(self, change: Change) -> Audience:
         index, fits = self._decider(change.relation)

@@ -14,6 +14,7 @@ Sources: the equality index of ElectricSQL's shape filter.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Final, NamedTuple, TypeVar
@@ -163,6 +164,17 @@ class AudienceIndex:
         if memo is not None:
             memo.store(question.values, truth)
 
+    def is_answered(self, question: Question) -> bool:
+        """Whether an answer is kept."""
+        memo = self._memo_of(question)
+        return memo is not None and question.values in memo.answers
+
+    def drop(self, question: Question) -> None:
+        """Keep the answer no longer."""
+        memo = self._memo_of(question)
+        if memo is not None:
+            memo.answers.pop(question.values, None)
+
     def _memo(self, asked: Asked, member: Member | None) -> Memo:
         return Memo(partial(_leave_open, self._questions, asked, member))
 
@@ -175,6 +187,27 @@ class AudienceIndex:
     def _branches_of(self, member: Member) -> Iterator["_Branch"]:
         for conjunct in self._predicates[member.claims.role].conjuncts:
             yield self._branches[conjunct]
+
+
+class Answered(NamedTuple):
+    """What Postgres says to a question of an index."""
+
+    asker: AudienceIndex
+    question: Question
+    truth: Truth | Failed
+
+
+@contextmanager
+def lent(answers: Iterable[Answered]) -> Iterator[None]:
+    """Have answers that are not kept looked up within the block, where none is kept. Await nothing in it."""
+    missing = [one for one in answers if not one.asker.is_answered(one.question)]
+    try:
+        for asker, question, truth in missing:
+            asker.answer(question, truth)
+        yield
+    finally:
+        for asker, question, _ in missing:
+            asker.drop(question)
 
 
 def _leave_open(questions: list[Question], asked: Asked, member: Member | None, values: tuple[Value, ...]) -> None:

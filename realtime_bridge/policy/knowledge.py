@@ -31,7 +31,7 @@ from realtime_bridge.policy.doubts import (
 )
 from realtime_bridge.policy.expression import Asked, Claim, Query
 from realtime_bridge.policy.facts import PER_TOKEN, claims_read, read_facts
-from realtime_bridge.policy.index import AudienceIndex, Question
+from realtime_bridge.policy.index import Answered, AudienceIndex, Question
 from realtime_bridge.policy.keeping import Dependencies, Keeping, References, part_of
 from realtime_bridge.policy.members import Members
 from realtime_bridge.policy.table import Table
@@ -343,8 +343,12 @@ class Knowledge:
             if isinstance(memo, Memo):
                 memo.answers.clear()
 
-    async def answer(self, questions: Sequence[tuple[AudienceIndex, Question]]) -> bool:
-        """Have Postgres answer questions; whether it has answered any."""
+    async def answer(self, questions: Sequence[tuple[AudienceIndex, Question]]) -> list[Answered]:
+        """Have Postgres answer questions; returns what it has answered.
+
+        It is kept for as long as it holds. What has come into doubt meanwhile is not: it was true when it was asked,
+        and so good enough for what is being decided, which was committed before.
+        """
         assert self._asking is not None, "questions come from where Postgres can be asked"
         decisions = (table.decision for table in self._tables.values())
         columns = {decision.table.name: decision.table.declared for decision in decisions if decision is not None}
@@ -353,14 +357,19 @@ class Knowledge:
             truths = await self._asking.answers(columns, [question for _, question in questions])
         except BridgeError as error:
             self._complain(error)
-            return False
+            return []
         self._is_unanswered = False
         self.asked += len(questions)
-        for (index, question), truth in zip(questions, truths, strict=True):
-            self.failed += isinstance(truth, Failed)
-            if self._answers_age[question.asked.name] == ages[question.asked.name] and not _is_late(truth):
+        self.failed += sum(isinstance(truth, Failed) for truth in truths)
+        answered = [
+            Answered(index, question, truth)
+            for (index, question), truth in zip(questions, truths, strict=True)
+            if not _is_late(truth)
+        ]
+        for index, question, truth in answered:
+            if self._answers_age[question.asked.name] == ages[question.asked.name]:
                 index.answer(question, truth)
-        return True
+        return answered
 
 
 def _users_asked_for(reference: Reference, change: Change) -> frozenset[str] | None:

@@ -1,8 +1,8 @@
 """Members as the hub treats them, with what Postgres says of them: loaded, put in doubt, away for a while."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -19,6 +19,7 @@ from tests.proxies import Proxy
 
 pytestmark = pytest.mark.integration
 
+ANN = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 BOB = "b0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 CLAIMS = Claims({"role": "authenticated", "sub": BOB}, "authenticated", BOB, None)
 MEMBERS = Relation("public", "members", (Column("user_id", "uuid"), Column("team", "int4")), (0, 1), True)
@@ -38,14 +39,27 @@ SCHEMA = f"""
 """
 
 
+class Overtaken(Asking):
+    """While it answers, something else happens."""
+
+    meanwhile: Callable[[], Awaitable[object]] | None = None
+
+    async def answers(self, *args: Any) -> Any:
+        found = await super().answers(*args)
+        if self.meanwhile is not None:
+            await self.meanwhile()
+        return found
+
+
 @asynccontextmanager
 async def engine_of(
-    dsn: str, policy: str = "true", *, through: Proxy | None = None
+    dsn: str, policy: str = "true", *, through: Proxy | None = None, kind: type[Asking] = Asking
 ) -> AsyncIterator[tuple[PolicyEngine, Member, "asyncpg.Connection[asyncpg.Record]"]]:
     """An engine, a member of team 1 that is loaded, and a connection to change that.
 
     Args:
         through: what the engine's connections go through.
+        kind: of what asks.
     """
     asked = dsn if through is None else dsn.replace(f":{through.upstream}/", f":{through.port}/")
     admin = await asyncpg.connect(dsn)
@@ -53,7 +67,7 @@ async def engine_of(
         await admin.execute(SCHEMA)
         await admin.execute(f"create policy further on papers as restrictive using ({policy})")
         async with Database(asked) as database:
-            asking = Asking(database.transaction, ["authenticated"])
+            asking = kind(database.transaction, ["authenticated"])
             tables = ["public.papers"]
             engine = PolicyEngine(tables, ["authenticated"], {}, Catalog(database.transaction), asking)
             await engine.prepare()
@@ -69,9 +83,9 @@ def paper(number: int, *, time: int = 0) -> Entry:
     return Entry(number, str(number), str(number - 1), change)
 
 
-def leaves(number: int, *, time: int = 0) -> Entry:
-    """Bob's membership ends."""
-    return Entry(number, str(number), str(number - 1), Change("DELETE", MEMBERS, (BOB, "1"), None, time or number))
+def leaves(number: int, *, time: int = 0, who: str = BOB) -> Entry:
+    """A membership ends."""
+    return Entry(number, str(number), str(number - 1), Change("DELETE", MEMBERS, (who, "1"), None, time or number))
 
 
 def control(kind: Literal["catalog", "resync"], number: int) -> Entry:
@@ -146,3 +160,13 @@ async def test_that_postgres_does_not_answer_is_told_once_until_it_does(
             await engine.reload("*")
             await engine.load([engine.join(CLAIMS)])
             assert told() == []
+
+
+async def test_an_answer_that_is_overtaken_decides_what_was_asked_for_and_nothing_later(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with engine_of(database, "is_member(team)", kind=Overtaken) as (engine, bob, admin):
+        monkeypatch.setattr(Overtaken, "meanwhile", lambda *_: engine.audience([leaves(2, who=ANN)]))
+        assert [verdict.new for verdict in await engine.verdicts([paper(1)], bob)] == [True]
+        await admin.execute("delete from members")
+        assert [verdict.new for verdict in await engine.verdicts([paper(3)], bob)] == [False]
