@@ -66,7 +66,7 @@ class FanOut:
         changed = await standing.policy.reload(table)
         standing.reloads += 1
         now = time.monotonic()
-        standing.altered.update(dict.fromkeys(changed, now))
+        standing.altered.update(dict.fromkeys(changed - standing.policy.doubtful, now))
         reshaped = [name for name in changed if shapes.get(name) and relation(name) not in (None, shapes[name])]
         standing.reshaped.update(dict.fromkeys(reshaped, now))
         if changed:

@@ -81,11 +81,12 @@ class Standing:
     def has_told(self, body: Body, subscription: Subscription) -> bool:
         """Whether a reader was told here of the altered rights that an entry tells, when they were found.
 
-        Whoever has come since may have been served by the former ones elsewhere.
+        Whoever has come since may have been served by the former ones elsewhere, and of whom it was not known what is
+        seen, that has not become another.
         """
         if not isinstance(body, Control) or body.kind != "catalog":
             return False
-        return subscription.began <= self.altered.get(body.table, 0.0)
+        return body.table in subscription.seen and subscription.began <= self.altered.get(body.table, 0.0)
 
     def arrive(self, subscription: Subscription) -> None:
         """A subscription has examined everything: from now on it is written to directly. Only within `turn`."""

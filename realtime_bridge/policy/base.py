@@ -117,6 +117,11 @@ class Audience(NamedTuple):
 class Policy(Protocol):
     """Decides, per entry, which members may see it."""
 
+    @property
+    def doubtful(self) -> Set[str]:
+        """Tables of which the description could not be read: their changes are unknown to everybody until it is."""
+        ...
+
     def join(self, claims: Claims) -> Member:
         """The member for these claims; once loaded it is part of every audience. Pair with `leave`."""
         ...

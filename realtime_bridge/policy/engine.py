@@ -106,6 +106,11 @@ class PolicyEngine:
         }
 
     @property
+    def doubtful(self) -> frozenset[str]:
+        """See `Policy.doubtful`."""
+        return frozenset(name for name, table in self._tables.items() if table.doubtful)
+
+    @property
     def references(self) -> frozenset[str]:
         """Tables that policies refer to, whose changes have to come through the history."""
         return self.knowledge.references
@@ -150,7 +155,7 @@ class PolicyEngine:
             is_expected = isinstance(error, BridgeError)
             logger.error("policies could not be read", exc_info=not is_expected, extra={"reason": str(error)})
             self._described.doubt(table)
-        changed = {name for name, known in self._tables.items() if known.doubtful or known.digest != before[name]}
+        changed = {*self.doubtful, *(name for name, known in self._tables.items() if known.digest != before[name])}
         if self.knowledge.followed != followed:  # and so what is known of members holds for longer, or less long
             changed |= self.knowledge.resting_on_answers
         if changed:

@@ -217,6 +217,26 @@ async def test_who_waits_where_rights_are_found_is_told_once_and_passes_their_en
         assert (reader.resyncs, reader.keys) == (TOLD, [2])
 
 
+@pytest.mark.parametrize("comes_late", [False, True], ids=["before", "meanwhile"])
+async def test_who_reads_where_policies_cannot_be_read_is_told_when_others_have_found_other_ones(
+    comes_late: bool,
+) -> None:
+    async with replicas({POSTS: OWN, NOTES: OWN}) as it:
+        blind, leader = await it.start(), await it.start()
+        await it.lead(leader.world.policy)
+        readers = [] if comes_late else [await blind.world.connect(BOB)]
+        await it.settled()
+        blind.catalog.fails = True
+        await blind.world.append(Control("catalog", POSTS))
+        await it.settled()
+        _, reader = (readers or [await blind.world.connect(BOB)])[0]
+        await it.settled()
+        it.policies[POSTS] = ALL
+        await leader.look()
+        await it.told(1)
+        assert reader.resyncs == TOLD
+
+
 @pytest.mark.parametrize("replica_count", [1, 2])
 async def test_rights_that_come_back_before_anything_told_of_them_are_news_twice(replica_count: int) -> None:
     async with replicas({POSTS: ALL, NOTES: ALL}) as it:
