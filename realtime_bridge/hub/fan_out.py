@@ -63,17 +63,17 @@ class FanOut:
         standing = self._standing
         relation = standing.policy.relation
         shapes = {name: relation(name) for name in standing.tables}
-        changed = await standing.policy.reload(table)
+        altered, is_parted = await standing.policy.reload(table)
         standing.reloads += 1
         now = time.monotonic()
-        standing.altered.update(dict.fromkeys(changed - standing.policy.doubtful, now))
-        reshaped = [name for name in changed if shapes.get(name) and relation(name) not in (None, shapes[name])]
+        standing.altered.update(dict.fromkeys(altered, now))
+        reshaped = [name for name in altered if shapes.get(name) and relation(name) not in (None, shapes[name])]
         standing.reshaped.update(dict.fromkeys(reshaped, now))
-        if changed:
+        if is_parted:
             async for before, member in self._join_anew(number):
                 if not member.sights:  # the first of its connections; what it saw until now
                     member.sights = dict(before.sights)
-                    member.doubts.update(dict.fromkeys(changed, number))
+                    member.doubts.update(dict.fromkeys(altered, number))
 
     async def renew(self, number: int) -> None:
         """Learn anew what everybody sees: the numbers since when they do mean nothing from here on. In `turn` only."""

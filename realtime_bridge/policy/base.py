@@ -114,13 +114,21 @@ class Audience(NamedTuple):
     unsure: Set[Member] = frozenset()
 
 
+class Reloaded(NamedTuple):
+    """What a reload has found.
+
+    Attributes:
+        altered: tables that are something else than they were known to be last; none that could not be read.
+        parted: every member is pending, and has to be joined anew, since policies may tell apart now what they could
+            not before: some were altered, or cannot be read, or can be again.
+    """
+
+    altered: frozenset[str] = frozenset()
+    parted: bool = False
+
+
 class Policy(Protocol):
     """Decides, per entry, which members may see it."""
-
-    @property
-    def doubtful(self) -> Set[str]:
-        """Tables of which the description could not be read: their changes are unknown to everybody until it is."""
-        ...
 
     def join(self, claims: Claims) -> Member:
         """The member for these claims; once loaded it is part of every audience. Pair with `leave`."""
@@ -160,11 +168,10 @@ class Policy(Protocol):
         """Whether what the policy knows of rights is not what holds now. Changes nothing and raises nothing."""
         ...
 
-    async def reload(self, table: str) -> frozenset[str]:
+    async def reload(self, table: str) -> Reloaded:
         """Read a table's policies, grants and columns again (`*`: of all). Raises nothing: a failure denies.
 
-        Returns the tables of which something has changed; every member is pending then, and has to be joined anew,
-        since policies may now tell apart what they could not before.
+        While they cannot be read, every change of the table is unknown to everybody.
         """
         ...
 

@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 from realtime_bridge.change import Change, Entry, Relation, transaction_of
 from realtime_bridge.claims import Claims
 from realtime_bridge.errors import BridgeError, ConfigurationError
-from realtime_bridge.policy.base import Audience, Member, Verdict
+from realtime_bridge.policy.base import Audience, Member, Reloaded, Verdict
 from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.decision import Decision
 from realtime_bridge.policy.described import DescribedTables
@@ -106,11 +106,6 @@ class PolicyEngine:
         }
 
     @property
-    def doubtful(self) -> frozenset[str]:
-        """See `Policy.doubtful`."""
-        return frozenset(name for name, table in self._tables.items() if table.doubtful)
-
-    @property
     def references(self) -> frozenset[str]:
         """Tables that policies refer to, whose changes have to come through the history."""
         return self.knowledge.references
@@ -144,27 +139,43 @@ class PolicyEngine:
         for table, error in (await self._read(self._described)).items():
             raise _undecidable(table, error)
 
-    async def reload(self, table: str) -> frozenset[str]:
+    async def reload(self, table: str) -> Reloaded:
         """See `Policy.reload`. All tables are read, since policies of some may go through others."""
         if self._described is None or not (table == "*" or table in self._tables or table in self.references):
-            return frozenset()
-        before, followed = {name: known.digest for name, known in self._tables.items()}, self.knowledge.followed
+            return Reloaded()
+        before, followed = self._digests(), self.knowledge.followed
+        doubtful = self._doubtful()
         try:
-            await self._read(self._described)
+            await self._read_patiently(self._described)
         except Exception as error:  # whatever it is: policies that may have changed must not decide any more
             is_expected = isinstance(error, BridgeError)
             logger.error("policies could not be read", exc_info=not is_expected, extra={"reason": str(error)})
             self._described.doubt(table)
-        changed = {*self.doubtful, *(name for name, known in self._tables.items() if known.digest != before[name])}
+        altered = {name for name, digest in self._digests().items() if digest != before[name]}
         if self.knowledge.followed != followed:  # and so what is known of members holds for longer, or less long
-            changed |= self.knowledge.resting_on_answers
-        if changed:
+            altered |= self.knowledge.resting_on_answers
+        is_parted = bool(altered) or self._doubtful() != doubtful
+        if is_parted:
             self.part()
-        return frozenset(changed)
+        return Reloaded(frozenset(altered), is_parted)
 
     async def outdated(self) -> bool:
         """See `Policy.outdated`. While the catalog cannot be read, what is known holds."""
         return self._described is not None and await self._described.outdated()
+
+    async def _read_patiently(self, described: DescribedTables) -> None:
+        """As `_read`, and once more if Postgres does not answer: a process that was frozen finds its time over."""
+        try:
+            await self._read(described)
+        except BridgeError:
+            await self._read(described)
+
+    def _digests(self) -> dict[str, str | None]:
+        """By table, what it was known to be last."""
+        return {name: table.last_digest for name, table in self._tables.items()}
+
+    def _doubtful(self) -> set[str]:
+        return {name for name, table in self._tables.items() if table.doubtful}
 
     async def _read(self, described: DescribedTables) -> Mapping[str, UnsupportedExpression]:
         async with self._reading:

@@ -39,6 +39,7 @@ class Table:
         deciders: by relation version; bounded, the oldest goes first.
         asked: what Postgres is asked about rows.
         doubtful: `index` may be out of date, and whoever it serves is told so instead of being shown anything.
+        last_digest: `digest`, or, while it is doubtful, what that was before.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Table:
     deciders: dict[str, Decider] = field(default_factory=dict)
     asked: frozenset[Asked] = frozenset()
     doubtful: bool = False
+    last_digest: str | None = None
 
     @property
     def digest(self) -> str | None:
@@ -71,6 +73,7 @@ class Table:
     def adopt(self, decision: Decision) -> None:
         """Decide by this from now on. Members are to be sorted in anew."""
         self.decision = decision
+        self.last_digest = decision.digest
         self.refusals = decision.refusals
         self.index = AudienceIndex(decision.predicates, _names(decision.table.columns))
         self.asked = frozenset[Asked]().union(*(predicate.asked for predicate in decision.predicates.values()))
@@ -84,7 +87,7 @@ class Table:
         if refusals == self.refusals and self.index is None:
             return
         self.refusals = refusals
-        self.index = self.decision = None
+        self.index = self.decision = self.last_digest = None
         self.asked = frozenset()
         self.deciders.clear()
         self._log()

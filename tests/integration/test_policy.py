@@ -457,7 +457,7 @@ async def test_what_is_known_of_members_is_asked_again_once_what_it_rests_on_is_
         assert not engine._members.expiring
         notes.execute("alter publication notes_and_readers drop table readers")
         assert await engine.outdated()
-        assert await engine.reload("*") == {"public.notes"}
+        assert (await engine.reload("*")).altered == {"public.notes"}
         assert member.pending
         member = engine.join(claims_of(ANN))
         await engine.load([member])
@@ -513,7 +513,7 @@ async def test_what_no_change_announces_is_noticed_by_watching(database: str, no
         assert not await engine.outdated()
         notes.execute("revoke usage on schema public from public, anon, authenticated, service_role")
         assert await engine.outdated()
-        assert await engine.reload("*") == {"public.notes"}
+        assert (await engine.reload("*")).altered == {"public.notes"}
         assert not await engine.outdated()
         assert await nobody_sees()
         notes.execute("grant usage on schema public to authenticated")

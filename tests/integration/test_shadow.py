@@ -97,7 +97,7 @@ async def test_a_compiled_policy_that_differs_is_left_to_postgres_from_then_on(
             assert (shadow.distrusted, shadow.mismatches) == ({"public.notes"}, 1)
             assert await policy.outdated()
             patch.undo()
-            assert await policy.reload("*") == {"public.notes"}
+            assert (await policy.reload("*")).altered == {"public.notes"}
             assert not await policy.outdated()
             ann, _bob = await joined(policy)
             right, shown = await policy.audience([secret, inserted(ANN, "f", 2)])

@@ -21,7 +21,7 @@ from realtime_bridge.hub.settler import user_of
 from realtime_bridge.hub.standing import NOWHERE
 from realtime_bridge.hub.subscription import LOAD_SECONDS, UNKNOWN, State, Subscription, form_of
 from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared
-from realtime_bridge.policy.base import Member, Verdict
+from realtime_bridge.policy.base import Member, Reloaded, Verdict
 from realtime_bridge.policy.engine import PolicyEngine
 from realtime_bridge.transports.requests import Interest
 from realtime_bridge.transports.websocket import NativeSocket, WebSocketEndpoint
@@ -977,10 +977,10 @@ class RevokingPolicy(PolicyEngine):
 
     revoked = False
 
-    async def reload(self, table: str) -> frozenset[str]:
+    async def reload(self, table: str) -> Reloaded:
         await passes(20)
         self.revoked = table != "*"
-        return frozenset()
+        return Reloaded()
 
     async def verdicts(self, entries: Sequence[Entry], member: Any) -> list[Verdict]:
         return [Verdict(False, False)] * len(entries) if self.revoked else await super().verdicts(entries, member)

@@ -44,6 +44,7 @@ from tests.services import eventually
 ROLE = "authenticated"
 OWN, ALL = "(auth.uid() = owner)", "true"
 TOLD = ["visibility_changed"]
+ALWAYS = 1_000_000
 
 
 class SetCatalog:
@@ -51,16 +52,17 @@ class SetCatalog:
 
     Attributes:
         policies: table → expression, or None; shared by all processes of a test.
-        fails: it cannot be read.
+        failures: so many of the next reads fail.
     """
 
     def __init__(self, policies: Mapping[str, str | None]) -> None:
         self.policies = policies
-        self.fails = False
+        self.failures = 0
 
     async def read(self, tables: Sequence[str], *_: object) -> Mapping[str, CatalogTable]:
         await asyncio.sleep(0)
-        if self.fails:
+        if self.failures:
+            self.failures -= 1
             raise DatabaseError("away")
         return {name: described(name, sql) for name, sql in self.policies.items() if sql is not None and name in tables}
 
@@ -226,7 +228,7 @@ async def test_who_reads_where_policies_cannot_be_read_is_told_when_others_have_
         await it.lead(leader.world.policy)
         readers = [] if comes_late else [await blind.world.connect(BOB)]
         await it.settled()
-        blind.catalog.fails = True
+        blind.catalog.failures = ALWAYS
         await blind.world.append(Control("catalog", POSTS))
         await it.settled()
         _, reader = (readers or [await blind.world.connect(BOB)])[0]
@@ -235,6 +237,24 @@ async def test_who_reads_where_policies_cannot_be_read_is_told_when_others_have_
         await leader.look()
         await it.told(1)
         assert reader.resyncs == TOLD
+
+
+@pytest.mark.parametrize("failures", [1, ALWAYS], ids=["once", "for long"])
+async def test_policies_that_could_not_be_read_and_are_the_same_are_told_to_nobody(failures: int) -> None:
+    async with replicas({POSTS: ALL, NOTES: ALL}) as it:
+        replica = await it.start()
+        _, reader = await replica.world.connect(BOB)
+        poller = Poller()
+        await it.append(1)
+        assert await poller.poll(replica) == []
+        replica.catalog.failures = failures
+        await replica.world.append(Control("catalog", POSTS))
+        await it.settled()
+        replica.catalog.failures = 0
+        await replica.look()
+        await it.append(2)
+        assert (reader.resyncs, reader.keys) == ([], [1, 2])
+        assert await poller.poll(replica) == [2]
 
 
 @pytest.mark.parametrize("replica_count", [1, 2])
@@ -300,7 +320,7 @@ async def test_a_successor_that_cannot_read_the_catalog_tells_nothing_of_rights(
         catalog = SetCatalog({POSTS: OWN, NOTES: OWN})
         late = PolicyEngine([POSTS, NOTES], [ROLE], {}, cast(Catalog, catalog))
         await late.prepare()
-        catalog.fails = True
+        catalog.failures = ALWAYS
         it.policies[POSTS] = ALL
         await first.look()
         await it.told(1)
