@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from tests.clients import Message
 from tests.oracle.copies import Copy, Told, concerned
 from tests.oracle.truth import Commit, RowChange, Truth
-from tests.oracle.world import KEYS, Facts, Row, User
+from tests.oracle.world import ALTERED, KEYS, Facts, Row, User
 
 _SHOWN: Final = 30
 """Messages shown of a client that something is wrong with."""
@@ -251,9 +251,12 @@ class Judge:
     def _reasons(self, user: User, after: int, book: _Book) -> Counter[tuple[str, str]]:
         """(table, reason) → how many resyncs what was committed after a number, and what faults did, excuse."""
         found: Counter[tuple[str, str]] = Counter()
+        commits = list(pairwise(self._truth.commits[after:]))
+        alterations = sum(before.facts.policy != commit.facts.policy for before, commit in commits)
         for table in user.tables:
             found.update({(table, reason): count for reason, count in self._granted.items()})
-            for before, commit in pairwise(self._truth.commits[after:]):
+            is_seen_otherwise = False
+            for before, commit in commits:
                 if table in commit.tables and commit.is_bulk:
                     found[table, "bulk"] += 1
                 else:
@@ -261,6 +264,11 @@ class Judge:
                 if (changes := _changes_of_view(commit, before, user, table)) > 0:
                     # A bridge may find it in the database, before it comes to each change in the history.
                     found[table, "visibility_changed"] += 1 + changes + _links_meanwhile(commit, book)
+                    is_seen_otherwise = True
+            if is_seen_otherwise and table != ALTERED:
+                # A position says of all tables together that they were told of ahead of the history: where another one
+                # is altered meanwhile, a reader that comes back is told of this one again.
+                found[table, "visibility_changed"] += alterations
         return found
 
 
@@ -285,7 +293,7 @@ def _changes_of_view(commit: Commit, before: Commit, user: User, table: str) -> 
     """
     if commit.facts.about(user, table) is None:
         return 0
-    is_altered = table == "public.documents" and commit.facts.policy != before.facts.policy
+    is_altered = table == ALTERED and commit.facts.policy != before.facts.policy
     members = [change for change in commit.changes if change.table == "public.members"]
     own = [change for change in members if (change.new or change.old or {})["user_id"] == user.id]
     return is_altered + (bool(members) if commit.is_bulk else len(own))

@@ -33,6 +33,8 @@ POLICIES: Final = (
     f"(author = auth.uid() or team in ({_TEAMS_OF_USER})) and not is_open",
 )
 """Those that `documents` has, one at a time."""
+ALTERED: Final = "public.documents"
+"""The table whose policy is altered."""
 SCHEMA: Final = f"""
     create table members (user_id uuid, team int, primary key (user_id, team));
     create policy own on members for select using (user_id = auth.uid());
