@@ -44,12 +44,15 @@ class CatalogPolicy:
     Attributes:
         expression: as pg_get_expr writes it; None if it was dropped at that moment.
         roles: of those asked about, the ones it applies to.
+        version: another one whenever it was altered, if only to become what it had been: somebody may have read the
+            table in between.
     """
 
     name: str
     permissive: bool
     expression: str | None
     roles: frozenset[str]
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ class CatalogTable:
 
     @cached_property
     def digest(self) -> str:
-        """Of the content: equal exactly if it is the same table, and nothing that verdicts rest on differs."""
+        """Of the content: equal only if it is the same table, and nothing that verdicts rest on differs."""
         columns = [
             (name, c.schema, c.name, None if c.labels is None else sorted(c.labels), c.exact)
             for name, c in self.columns.items()
         ]
-        policies = [(p.name, p.permissive, p.expression, sorted(p.roles)) for p in self.policies]
+        policies = [(p.name, p.permissive, p.expression, sorted(p.roles), p.version) for p in self.policies]
         roles = (sorted(self.granted), sorted(self.exempt), sorted(self.readers))
         selectable = sorted((role, sorted(names)) for role, names in self.columns_of.items())
         shape = (self.name, self.oid, columns, list(self.declared.items()), self.key, self.row_security)
@@ -257,7 +260,7 @@ def _column_type(row: Mapping[str, Any]) -> ColumnType:
 
 
 def _policy(row: Mapping[str, Any]) -> CatalogPolicy:
-    return CatalogPolicy(row["name"], row["permissive"], row["expression"], frozenset(row["roles"]))
+    return CatalogPolicy(row["name"], row["permissive"], row["expression"], frozenset(row["roles"]), row["version"])
 
 
 _PREPARE: Final = """
@@ -325,6 +328,7 @@ _POLICIES: Final = """
 select p.polrelid as table,
        p.polname::text as name,
        p.polpermissive as permissive,
+       p.oid::text || '.' || p.xmin::text as version,
        pg_get_expr(p.polqual, p.polrelid) as expression,
        array(select r.rolname::text from pg_roles r
              where r.rolname = any($2::text[])

@@ -438,6 +438,20 @@ async def test_reload_takes_over_what_has_changed_and_keeps_what_has_not(
         assert await viewers(engine) == set()
 
 
+async def test_a_policy_that_was_another_one_between_two_looks_was_altered(
+    database: str, notes: "psycopg.Connection[Any]"
+) -> None:
+    notes.execute("create policy p on notes using (a)")
+    async with Database(database) as asked:
+        engine = await loaded(asked)
+        notes.execute("alter policy p on notes using (true)")
+        notes.execute("alter policy p on notes using (a)")
+        assert await engine.outdated()
+        assert (await engine.reload("*")).altered == {"public.notes"}
+        assert await viewers(engine) == await viewers(await loaded(asked))
+        assert not await engine.outdated()
+
+
 async def test_what_is_known_of_members_is_asked_again_once_what_it_rests_on_is_published_no_more(
     database: str, notes: "psycopg.Connection[Any]"
 ) -> None:
