@@ -262,7 +262,8 @@ class Writer:
                 await self._insert(work)
 
     async def _change_policy(self, work: Work) -> None:
-        await work.alter_policy(self._random.randrange(len(POLICIES)))
+        held = self._truth.newest.facts.policy
+        await work.alter_policy(self._random.choice([policy for policy in range(len(POLICIES)) if policy != held]))
 
     async def _grow(self, work: Work) -> None:
         """More rows than are told one by one; what is too many is deleted later."""
