@@ -20,7 +20,7 @@ from realtime_bridge.errors import BadRequestError, BrokerError, HistoryGoneErro
 from realtime_bridge.hub.passing import is_over, to_read_again, told_by_controls
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import Standing
-from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, State, Subscription, Unknown, check_filter
+from realtime_bridge.hub.subscription import SPREAD_SECONDS, UNKNOWN, UNSURE, State, Subscription, Unknown, check_filter
 from realtime_bridge.hub.window import Prepared, wrap
 from realtime_bridge.policy.base import Member, Verdict
 from realtime_bridge.wire import native
@@ -243,7 +243,7 @@ class CatchUp:
         size, counted = 0, len(out)
         is_current = subscription.is_current
         for i, (item, verdict) in enumerate(decided):
-            changed = frozenset() if self._standing.has_told(item.entry.body, subscription) else verdict.changed
+            changed = frozenset() if self._standing.has_told(item.entry, subscription) else verdict.changed
             if changed or not is_current:
                 told_anyway = told_by_controls(subscription, islice(decided, i, None))
                 altered = to_read_again(subscription, item.entry.number, changed, told_anyway)
@@ -350,7 +350,8 @@ class CatchUp:
         """Append a resync, unless the reader must be held before it: then return False."""
         if not self._cover(subscription, table):
             return False
-        self._append_resync(subscription, table, reason, self._standing.position(number), out)
+        told = UNSURE if subscription.tables & subscription.connection.member.unknown else 0
+        self._append_resync(subscription, table, reason, self._standing.position(number, told), out)
         return True
 
     def _cover(self, subscription: Subscription, table: str) -> bool:

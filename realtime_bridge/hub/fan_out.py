@@ -16,7 +16,7 @@ from realtime_bridge.change import Change, Control, Entry, transaction_of
 from realtime_bridge.errors import BadRequestError
 from realtime_bridge.hub.breath import Breath
 from realtime_bridge.hub.connection import Connection
-from realtime_bridge.hub.standing import Standing
+from realtime_bridge.hub.standing import Altered, Standing
 from realtime_bridge.hub.subscription import UNKNOWN, State, Subscription, Unknown, form_of
 from realtime_bridge.hub.window import Prepared
 from realtime_bridge.policy.base import Audience, Member
@@ -63,17 +63,19 @@ class FanOut:
         standing = self._standing
         relation = standing.policy.relation
         shapes = {name: relation(name) for name in standing.tables}
-        altered, is_parted = await standing.policy.reload(table)
+        altered, is_parted, unread = await standing.policy.reload(table)
         standing.reloads += 1
+        standing.altered.update(dict.fromkeys(altered, Altered(self._loop.time())))
+        for name in unread:
+            standing.altered.pop(name, None)
         now = time.monotonic()
-        standing.altered.update(dict.fromkeys(altered, now))
         reshaped = [name for name in altered if shapes.get(name) and relation(name) not in (None, shapes[name])]
         standing.reshaped.update(dict.fromkeys(reshaped, now))
         if is_parted:
             async for before, member in self._join_anew(number):
                 if not member.sights:  # the first of its connections; what it saw until now
                     member.sights = dict(before.sights)
-                    member.doubts.update(dict.fromkeys(altered, number))
+                    member.doubts.update({**before.doubts, **dict.fromkeys(altered, number)})
 
     async def renew(self, number: int) -> None:
         """Learn anew what everybody sees: the numbers since when they do mean nothing from here on. In `turn` only."""
@@ -102,8 +104,9 @@ class FanOut:
             self._fall_behind(subscription, item.entry.number - 1)
             await breath.take()
         if isinstance(body, Control):
+            self._standing.meet(item.entry)
             for subscription in self._standing.directory.all(body.table) if body.reason is not None else ():
-                if self._must_pass(body, subscription):
+                if self._must_pass(item.entry, body, subscription):
                     self._fall_behind(subscription, item.entry.number - 1)
                 await breath.take()
             return
@@ -118,11 +121,11 @@ class FanOut:
                     self._each(item, body, subscriptions, (old, new), pending)
                 await breath.take()
 
-    def _must_pass(self, control: Control, subscription: Subscription) -> bool:
+    def _must_pass(self, entry: Entry, control: Control, subscription: Subscription) -> bool:
         """Whether a reader at the end is to pass a control as one that reads on does."""
         if control.kind == "resync":
             return subscription.concerns(control)
-        return not self._standing.has_told(control, subscription)
+        return not self._standing.has_told(entry, subscription)
 
     def _each(
         self,

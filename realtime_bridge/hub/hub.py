@@ -27,7 +27,7 @@ from realtime_bridge.hub.following import Following
 from realtime_bridge.hub.keepalive import Keepalive
 from realtime_bridge.hub.settler import Settler
 from realtime_bridge.hub.standing import NOWHERE, Counters, Standing
-from realtime_bridge.hub.subscription import State, Subscription, check_filter
+from realtime_bridge.hub.subscription import UNSURE, State, Subscription, check_filter
 from realtime_bridge.policy.base import Member, Policy
 
 MAX_SUBSCRIPTIONS: Final = 100
@@ -164,6 +164,8 @@ class Hub:
             return NOWHERE
         number = connection.number(self._standing.number)
         told = {subscription.told_at(number) for subscription in subscriptions}
+        if UNSURE in told:
+            return self._standing.position(number, UNSURE)
         return self._standing.position(number, told.pop() if len(told) == 1 else 0)
 
     def at_end(self, connection: Connection) -> bool:

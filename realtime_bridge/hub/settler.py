@@ -10,7 +10,7 @@ Layer: core. May import: words, broker.base, policy.base, hub.standing.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Final
 
@@ -102,9 +102,13 @@ class Settler:
                 if not future.done():
                     future.set_result(None)
 
-    async def _recall(self, members: Iterable[Member]) -> None:
+    async def _recall(self, members: Collection[Member]) -> None:
         """Raises `BrokerError`."""
-        for member, table, digest, doubt, since in await self._tell(members):
+        found = await self._tell(members)
+        known = {(member, table) for member, table, *_ in found}
+        for member in members:
+            member.unknown = {table for table in self._standing.tables if (member, table) not in known}
+        for member, table, digest, doubt, since in found:
             before = member.sights.get(table)
             is_as_before = before is not None and before.digest == digest and not doubt
             member.sights[table] = Seen(digest, before.since if before and is_as_before else since, since)

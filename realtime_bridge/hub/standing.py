@@ -5,9 +5,10 @@ Layer: core. May import: words, policy.base, hub.*.
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from math import inf
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from realtime_bridge.change import Body, Control, Position
+from realtime_bridge.change import Control, Entry, Position
 from realtime_bridge.hub.audience import Directory
 from realtime_bridge.hub.proof import Proof
 from realtime_bridge.hub.subscription import State, Subscription
@@ -21,6 +22,18 @@ NOWHERE: Final = "nowhere-0"
 """The position of a reader that is owed a resync: of no history, so that whoever comes back with it is told again."""
 WINDOW_SIZE: Final = 20_000
 WINDOW_BYTES: Final = 64 * 2**20
+
+
+class Altered(NamedTuple):
+    """That the rights of a table were found to be others.
+
+    Attributes:
+        at: when, in the loop's time.
+        until: the number of the next entry that tells of such a thing, once that was met: it is taken for this one.
+    """
+
+    at: float
+    until: float = inf
 
 
 @dataclass
@@ -47,7 +60,7 @@ class Standing:
         proof: up to when nothing is missing.
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
         reloads: grows when policies were read again; what was decided before is then thrown away.
-        altered: table → when its rights were last found to be others, by the monotonic clock.
+        altered: table → when its rights were last found to be others, unless they could not be read since.
         reshaped: table → when its columns were last found to be others, by the same clock.
         turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
         following: whether the broker is being followed now.
@@ -61,7 +74,7 @@ class Standing:
     generation: int = 0
     reloads: int = 0
     following: bool = False
-    altered: dict[str, float] = field(default_factory=dict)
+    altered: dict[str, Altered] = field(default_factory=dict)
     proof: Proof = field(default_factory=Proof)
     reshaped: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=lambda: Window(size=WINDOW_SIZE, max_bytes=WINDOW_BYTES))
@@ -78,15 +91,23 @@ class Standing:
         """A number as clients know it; `told` as in `Position`."""
         return str(Position(self.epoch, number, told))
 
-    def has_told(self, body: Body, subscription: Subscription) -> bool:
-        """Whether a reader was told here of the altered rights that an entry tells, when they were found.
-
-        Whoever has come since may have been served by the former ones elsewhere, and of whom it was not known what is
-        seen, that has not become another.
-        """
+    def has_told(self, entry: Entry, subscription: Subscription) -> bool:
+        """Whether a reader was told here of the altered rights that an entry tells, since they were found."""
+        body = entry.body
         if not isinstance(body, Control) or body.kind != "catalog":
             return False
-        return body.table in subscription.seen and subscription.began <= self.altered.get(body.table, 0.0)
+        found, told = self.altered.get(body.table), subscription.told
+        if found is None or entry.number > found.until:
+            return False
+        return max(told.get(body.table, -inf), told.get("*", -inf)) >= found.at
+
+    def meet(self, entry: Entry) -> None:
+        """An entry is being fanned out: of what was found until now, it is the one that tells."""
+        body = entry.body
+        if isinstance(body, Control) and body.kind == "catalog" and body.reason is not None:
+            found = self.altered.get(body.table)
+            if found is not None and found.until == inf:
+                self.altered[body.table] = Altered(found.at, entry.number)
 
     def arrive(self, subscription: Subscription) -> None:
         """A subscription has examined everything: from now on it is written to directly. Only within `turn`."""

@@ -37,6 +37,12 @@ LOAD_SECONDS: Final = 60.0
 """A reader that begins, or has waited, may take so long to read a table; `client.js` gives up then."""
 
 
+UNSURE: Final = 1
+"""In place of a digest in `Position.told`: its reader was served where it was not known what it sees."""
+NOT_KNOWN: Final = Seen("", 0, 0)
+"""What a copy rests on that was read while that was not known, or belongs to who came then."""
+
+
 class State(Enum):
     """Where a subscription stands."""
 
@@ -111,9 +117,13 @@ class Subscription:
         return self.filter is None and self.events is None
 
     def see(self, *tables: str) -> None:
-        """The reader's copy, of some tables or of all, rests on what its member sees now."""
-        sights = self.connection.member.sights
-        self.seen.update({table: sights[table] for table in tables or sights if table in sights})
+        """The reader's copy, of some tables that it reads again or of all, rests on what its member sees now."""
+        member = self.connection.member
+        for table in tables or self.tables:
+            if table not in member.unknown:
+                self.seen.update({table: member.sights[table]} if table in member.sights else {})
+            elif tables or table not in self.seen:
+                self.seen[table] = NOT_KNOWN
 
     def see_if_fresh(self) -> None:
         """Once its member is compared: whoever began at the present has nothing from a time with another token."""
@@ -136,10 +146,12 @@ class Subscription:
         where the digest is the same and may have been another in between, once the reader comes up to there (`until`).
         """
         now, seen = self.connection.member.sights.get(table), self.seen.get(table)
-        if now is None:
+        if now is None or table in self.connection.member.unknown:
             return False
         if seen is None:
-            return self.number < now.elsewhere and not (self.came_told and self.came_told == self._sighted())
+            return self.came_told == UNSURE or (
+                self.number < now.elsewhere and not (self.came_told and self.came_told == self._sighted())
+            )
         return not now.is_as(seen) and (seen.digest != now.digest or self.number < now.since <= until)
 
     @property
@@ -150,16 +162,18 @@ class Subscription:
 
     def told_at(self, number: int) -> int:
         """`Position.told` where its reader was sent everything up to a number."""
+        if self.tables & self.connection.member.unknown:
+            return UNSURE
         sights = self.connection.member.sights
         by_entries = all(s.since <= number >= s.elsewhere for t, s in sights.items() if t in self.tables)
         # Who came with one keeps it: what made it necessary may do so again.
         return 0 if (by_entries and not self.came_told) or not self.is_current else self._sighted()
 
     def _sighted(self) -> int:
-        """A digest, never 0, of what its member sees of its tables."""
+        """A digest, neither 0 nor `UNSURE`, of what its member sees of its tables."""
         sights = self.connection.member.sights
         seen = sorted((table, sights[table].digest) for table in self.tables if table in sights)
-        return 1 + int.from_bytes(blake2b(repr(seen).encode(), digest_size=7).digest())
+        return 2 + int.from_bytes(blake2b(repr(seen).encode(), digest_size=7).digest())
 
     def shown(self, table: str) -> tuple[str, ...] | None:
         """The columns shown of a table beside its key: those chosen, as far as they may be read; None for all."""

@@ -48,6 +48,7 @@ class Member:
         confirmed: tables of which what it sees was read because of an entry, not at some time that no entry tells.
         sights: table → what it sees there, as a digest, and the number since which it has been so, as far as anybody
             knows.
+        unknown: tables of which it could not be found out what it sees, when it was compared last.
         columns: table → those it may read, in column order; a table that is missing here it may read whole.
     """
 
@@ -63,6 +64,7 @@ class Member:
         "learned",
         "pending",
         "sights",
+        "unknown",
         "uses",
     )
 
@@ -77,6 +79,7 @@ class Member:
         self.doubts: dict[str, int] = {}
         self.confirmed: set[str] = set()
         self.sights: dict[str, Seen] = {}
+        self.unknown: Set[str] = frozenset()
         self.columns: Mapping[str, tuple[str, ...]] = {}
 
 
@@ -121,10 +124,12 @@ class Reloaded(NamedTuple):
         altered: tables that are something else than they were known to be last; none that could not be read.
         parted: every member is pending, and has to be joined anew, since policies may tell apart now what they could
             not before: some were altered, or cannot be read, or can be again.
+        unread: tables that cannot be read now: what was found of them before says nothing of what they are.
     """
 
     altered: frozenset[str] = frozenset()
     parted: bool = False
+    unread: frozenset[str] = frozenset()
 
 
 class Policy(Protocol):

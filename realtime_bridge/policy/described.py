@@ -9,7 +9,7 @@ from typing import Final
 
 from realtime_bridge.errors import BridgeError
 from realtime_bridge.policy.catalog import Catalog, CatalogTable
-from realtime_bridge.policy.decision import CANNOT_DECIDE, Refusal, Surveying, decide
+from realtime_bridge.policy.decision import CANNOT_DECIDE, Decision, Refusal, Surveying, decide
 from realtime_bridge.policy.expression import UnsupportedExpression
 from realtime_bridge.policy.table import Table
 
@@ -70,12 +70,13 @@ class DescribedTables:
         described, followed = await self._look()
         whole = frozenset(self._distrusted())
         refused: dict[str, UnsupportedExpression] = {}
-        for name, table in self._tables.items():
+        decided: dict[str, Decision | Refusal] = {}
+        for name in self._tables:
             if name not in described:
-                table.refuse(self._roles, Refusal(f"there is no table {name}"))
+                decided[name] = Refusal(f"there is no table {name}")
                 continue
             try:
-                decision = await decide(
+                decided[name] = await decide(
                     described[name],
                     self._roles,
                     rule=self._rules.get(name),
@@ -83,11 +84,14 @@ class DescribedTables:
                     whole=name in whole,
                 )
             except UnsupportedExpression as error:
-                table.refuse(self._roles, Refusal(CANNOT_DECIDE.format(name), "BRIDGE_POLICIES", error.part))
+                decided[name] = Refusal(CANNOT_DECIDE.format(name), "BRIDGE_POLICIES", error.part)
                 refused[name] = error
-            else:
-                if decision.digest != table.digest:
-                    table.adopt(decision)
+        for name, found in decided.items():  # once all is known: what is half read would be decided without its facts
+            table = self._tables[name]
+            if isinstance(found, Refusal):
+                table.refuse(self._roles, found)
+            elif found.digest != table.digest:
+                table.adopt(found)
         self._decided_by = _digests(described), whole
         self.followed = followed
         return refused

@@ -157,7 +157,7 @@ class PolicyEngine:
         is_parted = bool(altered) or self._doubtful() != doubtful
         if is_parted:
             self.part()
-        return Reloaded(frozenset(altered), is_parted)
+        return Reloaded(frozenset(altered), is_parted, frozenset(self._doubtful()))
 
     async def outdated(self) -> bool:
         """See `Policy.outdated`. While the catalog cannot be read, what is known holds."""
@@ -383,6 +383,9 @@ class PolicyEngine:
         return await self.knowledge.answer(questions) if questions else []
 
     def _audience(self, change: Change) -> Audience:
+        table = self._tables.get(change.relation.name)
+        if table is not None and table.doubtful:  # it may be open now to whoever it was closed to
+            return Audience(frozenset(), frozenset(), frozenset(self._sorted_in()))
         index, fits = self._decider(change.relation)
         if index is None:
             return _NOBODY
@@ -410,7 +413,7 @@ class PolicyEngine:
             yield decide(change)
 
     def _decider_for(self, member: Member, relation: Relation) -> Callable[[Change], Verdict]:
-        if self.knowledge.is_unlearned(member, relation.name):
+        if self.knowledge.is_unknown(member, relation.name):
             return lambda _: _UNKNOWN
         index, fits = self._decider(relation)
         if index is None or not index.admits(member):

@@ -196,8 +196,11 @@ class Knowledge:
             answers = {name: value for name, value in member.facts.items() if isinstance(value, Memo)}
             member.facts = {**answers, **read_facts(self._claims, member.claims.values), **facts}
             self.failed += sum(isinstance(value, Failed) for value in facts.values())
+            self._unlearned.discard(member)
             if any(value is ABSENT or _is_late(value) for value in facts.values()):
                 self._unlearned.add(member)
+                member.confirmed -= self._query_tables
+                self._members.expire(member, self._seconds)  # and is asked for again
             elif expires:
                 self._members.expire(member, self._seconds)
             learned.append(member)
@@ -228,6 +231,11 @@ class Knowledge:
     def is_unlearned(self, member: Member, table: str) -> bool:
         """Whether facts of a member that decide a table could not be read when it was loaded."""
         return member in self._unlearned and table in self._query_tables
+
+    def is_unknown(self, member: Member, table: str) -> bool:
+        """Whether it is not known what a member sees: policies, or facts of it that they need, cannot be read."""
+        known = self._tables.get(table)
+        return (known is not None and known.doubtful) or self.is_unlearned(member, table)
 
     # -- what a change puts in doubt
 
@@ -287,8 +295,10 @@ class Knowledge:
 
     def _is_asked_for(self, asked: Asked, member: Member) -> bool:
         """Whether what a member sees depends on a condition."""
-        decision = self._tables[asked.table].decision
-        predicate = None if decision is None else decision.predicates.get(member.claims.role)
+        table = self._tables[asked.table]
+        if table.decision is None:  # if it is in doubt, what it was before may hold still
+            return asked in table.asked
+        predicate = table.decision.predicates.get(member.claims.role)
         return predicate is not None and asked in predicate.asked
 
     def _concerned(self, reference: Reference, change: Change) -> Iterable[Member]:
@@ -298,7 +308,8 @@ class Knowledge:
     def changed_by(self, body: Body, member: Member) -> frozenset[str]:
         """Tables of which a member may see other rows from an entry on, whenever it was that its facts were read.
 
-        Not those where only the facts themselves can tell, since a change there may concern anybody.
+        Not those where only the facts themselves can tell, since a change there may concern anybody; but those, too,
+        while the facts, or which they are, cannot be read.
         """
         if isinstance(body, Control):
             if body.kind == "catalog":
@@ -307,8 +318,12 @@ class Knowledge:
         table, names = body.relation.name, names_of(member.claims.values)
         found: set[str] = set()
         for reference in self._references.get(table, ()):
-            if reference.keys and is_concerned(reference, body):
-                found |= reference.tables if _is_among(names, users_named(body, reference.keys)) else frozenset()
+            if not is_concerned(reference, body):
+                continue
+            if not reference.keys:
+                found |= {name for name in reference.tables if self.is_unknown(member, name)}
+            elif _is_among(names, users_named(body, reference.keys)):
+                found |= reference.tables
         for asked, reference in self._asked_by_table.get(table, ()):
             if self._is_asked_for(asked, member) and is_concerned(reference, body):
                 found |= {asked.table} if _is_among(names, _users_asked_for(reference, body)) else set()

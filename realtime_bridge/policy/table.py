@@ -88,6 +88,7 @@ class Table:
             return
         self.refusals = refusals
         self.index = self.decision = self.last_digest = None
+        self.doubtful = False
         self.asked = frozenset()
         self.deciders.clear()
         self._log()

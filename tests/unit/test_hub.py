@@ -18,7 +18,7 @@ from realtime_bridge.hub import breath, following, settler
 from realtime_bridge.hub.base import Encoding
 from realtime_bridge.hub.fan_out import Reload, runs
 from realtime_bridge.hub.settler import user_of
-from realtime_bridge.hub.standing import NOWHERE
+from realtime_bridge.hub.standing import NOWHERE, Altered
 from realtime_bridge.hub.subscription import LOAD_SECONDS, UNKNOWN, State, Subscription, form_of
 from realtime_bridge.hub.window import MESSAGES_KEPT, Prepared
 from realtime_bridge.policy.base import Member, Reloaded, Verdict
@@ -667,9 +667,11 @@ async def test_rights_that_changed_are_told_to_whoever_comes_from_before() -> No
 
 async def test_rights_that_changed_are_told_once_to_whoever_was_there_when_they_were_found() -> None:
     async with running() as world:
-        _, present = await world.connect()
+        connection, present = await world.connect()
         await world.settled()
-        world.hub._standing.altered[POSTS] = time.monotonic()
+        now = asyncio.get_running_loop().time()
+        world.hub._standing.altered[POSTS] = Altered(now)
+        connection.subscriptions[None].told[POSTS] = now
         _, joining = await world.connect(position=world.hub.position)
         await world.settled()
         await world.append(Control("catalog", POSTS, "visibility_changed"), insert(1))

@@ -4,180 +4,35 @@ The catalog is one that a test sets by hand: each process looks at it when the t
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import pytest
 
-from realtime_bridge.broker.base import Broker
 from realtime_bridge.change import Change, Control
-from realtime_bridge.errors import DatabaseError
 from realtime_bridge.filters import parse_filter
 from realtime_bridge.hub import hub as hub_module
-from realtime_bridge.policy.blocks import Declared
-from realtime_bridge.policy.catalog import Catalog, CatalogPolicy, CatalogTable
-from realtime_bridge.policy.compiler import ColumnType
+from realtime_bridge.policy.catalog import Catalog
 from realtime_bridge.policy.engine import PolicyEngine
-from realtime_bridge.policy.keeping import References
-from realtime_bridge.rights import RIGHTS, RightsState, RightsTeller
-from realtime_bridge.rows import IndexState, RowIndex
 from tests.hubs import (
     ANN,
     BOB,
-    COLUMNS,
     NOTES,
     POSTS,
     RELATIONS,
     RULE,
-    ForkingBroker,
-    HubWorld,
     claims,
-    hub_of,
     insert,
     poll,
     row,
 )
+from tests.replicas import ALL, ALWAYS, OWN, ROLE, TOLD, Poller, SetCatalog, replicas
 from tests.services import eventually
-
-ROLE = "authenticated"
-OWN, ALL = "(auth.uid() = owner)", "true"
-TOLD = ["visibility_changed"]
-ALWAYS = 1_000_000
-
-
-class SetCatalog:
-    """A catalog in which every table has one policy, or is not there.
-
-    Attributes:
-        policies: table → expression, or None; shared by all processes of a test.
-        failures: so many of the next reads fail.
-    """
-
-    def __init__(self, policies: Mapping[str, str | None]) -> None:
-        self.policies = policies
-        self.failures = 0
-
-    async def read(self, tables: Sequence[str], *_: object) -> Mapping[str, CatalogTable]:
-        await asyncio.sleep(0)
-        if self.failures:
-            self.failures -= 1
-            raise DatabaseError("away")
-        return {name: described(name, sql) for name, sql in self.policies.items() if sql is not None and name in tables}
-
-
-def described(name: str, policy: str) -> CatalogTable:
-    readable = {ROLE: frozenset(COLUMNS)}
-    return CatalogTable(
-        name,
-        1,
-        {column: ColumnType(kind) for column, kind in COLUMNS.items()},
-        {column: Declared(kind) for column, kind in COLUMNS.items()},
-        ("id",),
-        True,
-        (CatalogPolicy("p", True, policy, frozenset({ROLE})),),
-        frozenset({ROLE}),
-        readable,
-        frozenset(),
-        frozenset({"uid", "role", "email", "jwt"}),
-        References({}, {}, ()),
-        "",
-    )
-
-
-@dataclass
-class Replica:
-    """One process. `look` has it find what has changed."""
-
-    world: HubWorld
-    catalog: SetCatalog
-
-    async def look(self) -> None:
-        hub = self.world.hub
-        if await self.world.policy.outdated():
-            async with hub._standing.turn:
-                await hub._fan_out.reload("*", hub._standing.number + 1)
-
-
-@dataclass
-class Replicas:
-    """Several processes, of which one may tell rights.
-
-    Attributes:
-        policies: what the catalog says.
-        rights: what was told of them.
-    """
-
-    broker: ForkingBroker
-    policies: dict[str, str | None]
-    tasks: asyncio.TaskGroup
-    all: list[Replica] = field(default_factory=list)
-    rights: RightsState = field(default_factory=RightsState)
-
-    async def start(self, rules: Mapping[str, str] | None = None, *, has_catalog: bool = True) -> Replica:
-        catalog = SetCatalog(self.policies)
-        policy = PolicyEngine([POSTS, NOTES], [ROLE], rules or {}, cast(Catalog, catalog) if has_catalog else None)
-        hub = await hub_of(self.broker, policy)
-        task = self.tasks.create_task(hub.run())
-        await hub.begun()
-        world = HubWorld(hub, self.broker, policy, self.broker._token, self.tasks, task)
-        self.all.append(Replica(world, catalog))
-        return self.all[-1]
-
-    async def lead(self, policy: PolicyEngine) -> asyncio.Task[Any]:
-        """Have a process tell of rights, from now on."""
-        rows = RowIndex(cast(Broker, self.broker), [POSTS, NOTES], IndexState())
-        rows.begun.set()
-        teller = RightsTeller(self.broker, policy, rows, self.rights, self.broker._token)
-        task = self.tasks.create_task(teller.run())
-        await eventually(lambda: RIGHTS in self.broker._index.indexed())
-        return task
-
-    async def append(self, *keys: int, owner: str = ANN) -> None:
-        await self.all[0].world.append(*(insert(key, owner) for key in keys))
-        await self.settled()
-
-    async def settled(self) -> None:
-        for replica in self.all:
-            await replica.world.settled()
-
-    async def told(self, entries: int) -> None:
-        """So many entries of rights were told, and all processes have passed them."""
-        await eventually(lambda: self.rights.told == entries)
-        await self.settled()
-
-
-@asynccontextmanager
-async def replicas(policies: Mapping[str, str | None]) -> AsyncIterator[Replicas]:
-    broker = ForkingBroker()
-    await broker.acquire_lease(ttl=600)
-    async with asyncio.TaskGroup() as tasks:
-        it = Replicas(broker, dict(policies), tasks)
-        before = asyncio.all_tasks()
-        yield it
-        for replica in it.all:
-            for connection in tuple(replica.world.hub.connections):
-                replica.world.hub.close(connection)
-        for task in asyncio.all_tasks() - before:
-            task.cancel()
 
 
 @pytest.fixture(autouse=True)
 def _nobody_looks_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "WATCH_SECONDS", 3600.0)
-
-
-@dataclass
-class Poller:
-    """One reader of Bob's: what each poll tells it, as keys of rows and reasons of resyncs."""
-
-    position: str | None = None
-
-    async def poll(self, replica: Replica, *, wait: float = 0.0) -> list[Any]:
-        answer = await poll(replica.world, BOB, self.position, wait=wait)
-        self.position = answer["position"]
-        return [m["reason"] if m["type"] == "resync" else m["record"]["id"] for m in answer["messages"]]
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["comes", "waits"])
