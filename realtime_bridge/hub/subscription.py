@@ -148,10 +148,10 @@ class Subscription:
         now, seen = self.connection.member.sights.get(table), self.seen.get(table)
         if now is None or table in self.connection.member.unknown:
             return False
+        if seen is None and self.came_told == UNSURE:  # all at once: it keeps that until everything is known
+            return not self.tables & self.connection.member.unknown
         if seen is None:
-            return self.came_told == UNSURE or (
-                self.number < now.elsewhere and not (self.came_told and self.came_told == self._sighted())
-            )
+            return self.number < now.elsewhere and not (self.came_told and self.came_told == self._sighted())
         return not now.is_as(seen) and (seen.digest != now.digest or self.number < now.since <= until)
 
     @property

@@ -593,3 +593,20 @@ async def test_facts_that_go_to_and_fro_are_told_to_polls() -> None:
         await it.append(2)
         got = (await poll(one.world, BOB, poller.position))["messages"]
         assert {message["table"] for message in got} == {POSTS, NOTES}
+
+
+async def test_who_polls_while_something_is_not_known_is_told_of_nothing_before_everything_is() -> None:
+    async with replicas({POSTS: TEAM, NOTES: OWN}) as it:
+        world = World()
+        one, asking = await start(it, world)
+        other, _ = await start(it, world)
+        reader = Poller()
+        await it.append(5)
+        assert await reader.poll(one) == []
+        asking.fails = True
+        await one.world.append(leaves())
+        await it.settled()
+        told = [reason for _ in range(4) for reason in await reader.poll(one)]
+        assert told == TOLD  # of what the entry has put in doubt
+        assert sorted(await reader.poll(other)) == 2 * TOLD
+        assert [await reader.poll(other) for _ in range(2)] == [[], []]
