@@ -61,7 +61,7 @@ class Standing:
         generation: grows when numbers that were seen stop being valid; what was read before is then thrown away.
         reloads: grows when policies were read again; what was decided before is then thrown away.
         altered: table → when its rights were last found to be others, unless they could not be read since.
-        reshaped: table → when its columns were last found to be others, by the same clock.
+        reshaped: table → when its columns were last found to be others, by the monotonic clock.
         turn: held while messages are handed to sinks, by the fan-out for a batch, by a reader for a slice.
         following: whether the broker is being followed now.
     """
